@@ -1,0 +1,61 @@
+# infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.PHONY: help up test setup check protos bench faults compat constraints clean
+
+PYTHON ?=
+PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
+FOUND = $(eval FOUND := $(shell PYTHON="$(PYTHON)" sh deploy/setup/find-python))$(FOUND)
+SETUP = $(PY) deploy/setup/install.py
+BIN = .venv/bin
+# What to test: make test T=tests/unit/test_x.py; how: make test ARGS="-x -k name"
+T ?=
+ARGS ?=
+
+help: ## show this
+	@echo "usage: make TARGET [ARGS='...'] [T=tests/...] [PYTHON=/path/to/python3.12]"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1|\2/p' Makefile | while IFS='|' read -r name text; do printf '%-14s %s\n' "$$name" "$$text"; done
+
+up: ## set up what is missing and run the whole mesh on this machine (ARGS="--http 127.0.0.1:8080")
+	@$(SETUP) main llm
+	@exec $(BIN)/infermesh up $(ARGS)
+
+test: ## set up what is missing and run the tests (T=tests/unit/test_x.py, ARGS="-k name")
+	@$(SETUP) main llm protos
+	@exec $(BIN)/python -m pytest $(T) $(ARGS)
+
+setup: ## install everything into .venv, .venv-llm and .venv-protos
+	@$(SETUP) main llm protos
+	@echo "ready: $(BIN)/infermesh, .venv-llm/bin/infermesh"
+
+check: ## format, lint, types, contract lint, stub freshness, walls
+	@$(SETUP) main protos
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/buf lint
+	.venv-protos/bin/python deploy/setup/protos.py --check
+	$(BIN)/python -m pytest -q tests/test_walls.py
+
+protos: ## write infermesh/v1 from protos/
+	@$(SETUP) protos
+	@.venv-protos/bin/python deploy/setup/protos.py
+
+compat: ## prove that stubs and client work on the oldest and newest protobuf and grpcio they promise
+	@$(SETUP) main
+	@$(PY) deploy/setup/compat.py
+
+bench: ## load test of a mesh on this machine (ARGS are those of `infermesh bench`)
+	@$(SETUP) main llm
+	@exec $(BIN)/infermesh bench $(ARGS)
+
+faults: ## the fault tests: killed, frozen and unreachable instances
+	@$(SETUP) main llm
+	@exec $(BIN)/python -m pytest tests/fault $(ARGS)
+
+constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
+	@$(SETUP) lock
+
+clean: ## remove environments, stamps, caches and what runs left behind
+	rm -rf .venv .venv-llm .venv-protos .venv-uv .venv-compat .setup.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
