@@ -1,8 +1,8 @@
 """Build the checkout's environments. Standard library only; quick and without network when nothing has changed.
 
-    python3 deploy/setup/install.py [main] [llm] [protos]    build or refresh these (default: all)
-    python3 deploy/setup/install.py lock                     resolve constraints/*.txt again
-    python3 deploy/setup/install.py uv ARGS...               run uv with the settings that pip has on this machine
+python3 deploy/setup/install.py [main] [llm] [protos]    build or refresh these (default: all)
+python3 deploy/setup/install.py lock                     resolve constraints/*.txt again
+python3 deploy/setup/install.py uv ARGS...               run uv with the settings that pip has on this machine
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Generate infermesh/v1 from protos/infermesh/v1, or check that it is fresh. Runs in .venv-protos; standard library only.
 
-    .venv-protos/bin/python deploy/setup/protos.py            write the stubs
-    .venv-protos/bin/python deploy/setup/protos.py --check    compare, change nothing, exit 1 when they differ
+.venv-protos/bin/python deploy/setup/protos.py            write the stubs
+.venv-protos/bin/python deploy/setup/protos.py --check    compare, change nothing, exit 1 when they differ
 """
 
 from __future__ import annotations
