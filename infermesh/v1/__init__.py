@@ -1,0 +1,1 @@
+"""Generated stubs of the package infermesh.v1. Never edited: `make protos` writes them."""

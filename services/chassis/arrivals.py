@@ -1,0 +1,83 @@
+"""The book of what is in flight in an instance: by gateway, for load frames; in all, for a drain."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from infermesh.v1.inference_pb2 import Relay
+
+
+@dataclass(slots=True)
+class Share:
+    """What one gateway has here."""
+
+    running: int = 0
+    queued_tokens: int = 0
+    seen_seq: int = 0
+
+
+class Entry:
+    """One request in flight. `started` takes its prompt out of the queued tokens, once."""
+
+    __slots__ = ("_share", "_tokens")
+
+    def __init__(self, share: Share, tokens: int) -> None:
+        self._share = share
+        self._tokens = tokens
+
+    def started(self) -> None:
+        self._share.queued_tokens -= self._tokens
+        self._tokens = 0
+
+
+class Arrivals:
+    def __init__(self) -> None:
+        self._shares: dict[str, Share] = {}
+        self._running = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    def share(self, gateway_id: str) -> Share:
+        return self._shares.get(gateway_id) or Share()
+
+    @contextmanager
+    def enter(self, relay: Relay | None, tokens: int = 0) -> Iterator[Entry]:
+        """Counts a request from here to the end of the block. `tokens`: its uncached prompt, as far as known."""
+        gateway_id = relay.gateway_id if relay is not None else ""
+        share = self._shares.setdefault(gateway_id, Share())
+        share.running += 1
+        share.queued_tokens += tokens
+        if relay is not None:
+            share.seen_seq = max(share.seen_seq, relay.seq)
+        self._running += 1
+        self._idle.clear()
+        entry = Entry(share, tokens)
+        try:
+            yield entry
+        finally:
+            entry.started()
+            share.running -= 1
+            self._running -= 1
+            if not self._running:
+                self._idle.set()
+
+    def forget(self, gateway_id: str) -> None:
+        """A gateway has gone and left nothing running."""
+        share = self._shares.get(gateway_id)
+        if share is not None and not share.running:
+            del self._shares[gateway_id]
+
+    async def wait_idle(self, timeout_s: float) -> bool:
+        """True once nothing is in flight, False when the time is over."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            return False
+        return True

@@ -1,0 +1,97 @@
+"""Who may call: API keys by their SHA-256, from `keys.yaml`. Pure, but for `load_keys`, which reads the file.
+
+    version: 1
+    keys:
+      - {sha256: 9f86…, tenant: acme, class: core, models: [chat], tokens_per_minute: 200000}
+      - {sha256: 1b4f…, tenant: ops, role: operator}     # may drain, calibrate, register and relay
+
+`printf %s "$KEY" | sha256sum` prints a key's line. The file never holds a key itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from infermesh.errors import MeshError, Reason
+
+
+class Key(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tenant: str = Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_.-]+$")
+    klass: Literal["core", "standard", "bulk"] = Field(default="standard", alias="class")
+    role: Literal["client", "operator"] = "client"
+    models: tuple[str, ...] = ()
+    tokens_per_minute: int = Field(default=0, ge=0)
+
+
+class KeyFile(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    version: Literal[1]
+    keys: tuple[Key, ...] = Field(min_length=1)
+
+
+class Keys:
+    """The keys of one process. None at all means an open process (loopback, or `--insecure`)."""
+
+    def __init__(self, keys: tuple[Key, ...] = ()) -> None:
+        self._keys = {key.sha256: key for key in keys}
+
+    def __bool__(self) -> bool:
+        return bool(self._keys)
+
+    def who(self, authorization: str | None) -> Key | None:
+        """The key behind an `authorization: Bearer …` value; None when this process has no keys.
+
+        Raises:
+            MeshError: UNAUTHENTICATED.
+        """
+        if not self._keys:
+            return None
+        scheme, _, secret = (authorization or "").partition(" ")
+        if scheme.lower() != "bearer" or not secret.strip():
+            raise MeshError(Reason.UNAUTHENTICATED, "an API key is needed: authorization: Bearer KEY")
+        digest = hashlib.sha256(secret.strip().encode()).hexdigest()
+        found = self._keys.get(digest)
+        if found is None or not hmac.compare_digest(found.sha256, digest):
+            raise MeshError(Reason.UNAUTHENTICATED, "this API key is not known")
+        return found
+
+    def operator(self, authorization: str | None) -> None:
+        """Lets operators pass.
+
+        Raises:
+            MeshError: UNAUTHENTICATED or PERMISSION_DENIED.
+        """
+        key = self.who(authorization)
+        if key is not None and key.role != "operator":
+            raise MeshError(Reason.PERMISSION_DENIED, "this needs the operator's key")
+
+
+def load_keys(path: Path | None) -> Keys:
+    """Reads `keys.yaml`; None gives an open set.
+
+    Raises:
+        ValueError: every fault of the file, a line each.
+    """
+    if path is None:
+        return Keys()
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}; name a readable file with --keys") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    try:
+        return Keys(KeyFile.model_validate(raw).keys)
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        raise ValueError("\n".join(lines)) from None

@@ -1,0 +1,66 @@
+"""From exceptions to gRPC statuses: the edge of every servicer.
+
+`unary` and `stream` wrap a handler method `(self, request, context)`. Whatever it raises ends the call with the status
+and the trailers of the one error table; what is not a `MeshError` is logged with its traceback and told to nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import wraps
+from typing import Any
+
+import grpc.aio
+import structlog
+
+from infermesh.errors import MeshError, Reason, from_rpc, to_trailers
+
+Context = grpc.aio.ServicerContext
+log = structlog.get_logger("rpc")
+
+
+def as_mesh_error(error: BaseException) -> MeshError:
+    """Any exception as a typed error; unknown ones become INTERNAL and are logged here, once."""
+    if isinstance(error, MeshError):
+        return error
+    if isinstance(error, grpc.RpcError):
+        return from_rpc(error)
+    log.error("unexpected error", exc_info=error)
+    return MeshError(Reason.INTERNAL, "an internal error; the server's log tells more")
+
+
+async def abort(context: Context, error: MeshError) -> None:
+    """Ends the call with the error. Does not return."""
+    trailers = tuple(context.trailing_metadata() or ()) + to_trailers(error)
+    await context.abort(error.row.grpc, error.message[:4000], trailers)
+
+
+def unary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+    @wraps(handler)
+    async def answer(self: object, request: object, context: Context) -> Any:
+        try:
+            return await handler(self, request, context)
+        except (grpc.aio.AbortError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            await abort(context, as_mesh_error(error))
+
+    return answer
+
+
+def stream(handler: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
+    @wraps(handler)
+    async def answer(self: object, request: object, context: Context) -> AsyncIterator[Any]:
+        events = handler(self, request, context)
+        try:
+            async for event in events:
+                yield event
+        except (grpc.aio.AbortError, asyncio.CancelledError, GeneratorExit):
+            raise
+        except Exception as error:
+            await abort(context, as_mesh_error(error))
+        finally:
+            await events.aclose()  # type: ignore[attr-defined]
+
+    return answer

@@ -1,0 +1,96 @@
+"""The gRPC server of every process: settings, health, reflection, and the gate before the model services."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from enum import Enum
+
+import grpc
+import grpc.aio
+from grpc_channelz.v1 import channelz
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from infermesh.errors import MeshError, Reason
+from infermesh.transport import server_options
+from services.chassis.rpc import Context, abort
+
+Handler = grpc.RpcMethodHandler
+
+
+class Phase(Enum):
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+
+
+class Gate(grpc.aio.ServerInterceptor):
+    """Refuses calls to the guarded services while the process is starting or draining; they may go elsewhere."""
+
+    def __init__(self, guarded: Iterable[str]) -> None:
+        self.phase = Phase.STARTING
+        self._guarded = tuple(f"/{name}/" for name in guarded)
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler:
+        if self.phase is not Phase.SERVING and handler_call_details.method.startswith(self._guarded):
+            return _REFUSALS[self.phase]
+        return await continuation(handler_call_details)
+
+
+def _refusal(error: MeshError) -> Handler:
+    async def refuse(request: bytes, context: Context) -> bytes:
+        await abort(context, error)
+        return b""
+
+    return grpc.unary_unary_rpc_method_handler(refuse)
+
+
+_REFUSALS = {
+    Phase.STARTING: _refusal(MeshError(Reason.STARTING, "still loading", retry_after_s=1)),
+    Phase.DRAINING: _refusal(MeshError(Reason.DRAINING, "this process is draining", retry_after_s=1)),
+}
+
+
+class Server:
+    """A grpc.aio server with health, reflection and a gate; the process's own servicers are added to `grpc`."""
+
+    def __init__(self, guarded: Sequence[str], *, max_streams: int | None = None, debug: bool = False) -> None:
+        self.gate = Gate(guarded)
+        self.grpc = grpc.aio.server(interceptors=(self.gate,), options=server_options(max_streams=max_streams))
+        self._health = health.aio.HealthServicer()
+        self._names = (*guarded, "")
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)
+        if debug:
+            channelz.add_channelz_servicer(self.grpc)
+
+    async def start(self, listen: str, others: Sequence[str] = ()) -> int:
+        """Binds and serves (NOT_SERVING, until `enter`). Returns the port. `others`: service names for reflection.
+
+        Raises:
+            OSError: the address cannot be bound.
+        """
+        names = [name for name in (*self._names, *others) if name]
+        reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        try:
+            port = self.grpc.add_insecure_port(listen)
+        except RuntimeError:
+            raise OSError(f"cannot listen on {listen}: is the port taken? Choose another one, or 0 for any") from None
+        await self.grpc.start()
+        return port
+
+    async def enter(self, phase: Phase) -> None:
+        self.gate.phase = phase
+        status = health_pb2.HealthCheckResponse
+        await self._set_health(status.SERVING if phase is Phase.SERVING else status.NOT_SERVING)
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for name in self._names:
+            await self._health.set(name, status)
+
+    async def stop(self, grace_s: float) -> None:
+        await self.grpc.stop(grace_s)

@@ -1,0 +1,140 @@
+"""The instance's end of WorkerService: Describe, Link, Drain."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+
+import structlog
+
+import infermesh
+from infermesh.errors import MeshError, Reason, invalid
+from infermesh.v1 import worker_pb2 as wk
+from infermesh.v1 import worker_pb2_grpc
+from registry.endpoint import Endpoint, to_metadata
+from services.chassis.arrivals import Arrivals
+from services.chassis.identity import metadata_value
+from services.chassis.keys import Keys
+from services.chassis.rpc import Context, stream, unary
+
+HEARTBEAT_S = 1.0
+MIN_INTERVAL_S = 0.02
+FEATURES = ("load",)
+log = structlog.get_logger("worker")
+
+
+class Worker(worker_pb2_grpc.WorkerServiceServicer):
+    """`drain` is called once with the grace in seconds, or None for the instance's own setting."""
+
+    def __init__(
+        self,
+        endpoint: Callable[[], Endpoint],
+        load: Callable[[], wk.Load],
+        arrivals: Arrivals,
+        keys: Keys,
+        drain: Callable[[float | None], None],
+    ) -> None:
+        self._endpoint = endpoint
+        self._load = load
+        self._arrivals = arrivals
+        self._keys = keys
+        self._drain = drain
+        self._draining = asyncio.Event()
+        self._grace_s = 0.0
+
+    def announce_drain(self, grace_s: float) -> None:
+        """Tells every linked gateway."""
+        self._grace_s = grace_s
+        self._draining.set()
+
+    @unary
+    async def Describe(self, request: wk.DescribeRequest, context: Context) -> wk.DescribeResponse:
+        endpoint = self._endpoint()
+        return wk.DescribeResponse(
+            instance_id=endpoint.id,
+            incarnation=endpoint.incarnation,
+            metadata=to_metadata(endpoint),
+            version=infermesh.__version__,
+            load=self._load(),
+            draining=self._draining.is_set(),
+            engine_version=endpoint.engine_version,
+        )
+
+    @unary
+    async def Drain(self, request: wk.DrainRequest, context: Context) -> wk.DrainResponse:
+        self._keys.operator(metadata_value(context, "authorization"))
+        mine = self._endpoint().id
+        if request.instance_id not in ("", mine):
+            raise invalid("instance_id", f"this is {mine}")
+        log.info("drain asked", reason=request.reason)
+        self._drain(request.grace_ms / 1000 if request.HasField("grace_ms") else None)
+        return wk.DrainResponse(running=self._arrivals.running)
+
+    @unary
+    async def Calibrate(self, request: wk.CalibrateRequest, context: Context) -> wk.CalibrateResponse:
+        raise MeshError(Reason.UNIMPLEMENTED, "calibration is not served by this version")
+
+    @stream
+    async def Link(self, frames: AsyncIterator[wk.LinkRequest], context: Context) -> AsyncIterator[wk.LinkResponse]:
+        self._keys.operator(metadata_value(context, "authorization"))
+        hello = await anext(aiter(frames), None)
+        if hello is None or hello.WhichOneof("frame") != "hello":
+            raise invalid("frame", "the first frame must be hello")
+        gateway_id = hello.hello.gateway_id
+        interval_s = max(MIN_INTERVAL_S, (hello.hello.load_interval_ms or 100) / 1000)
+        endpoint = self._endpoint()
+        yield wk.LinkResponse(
+            hello=wk.WorkerHello(
+                instance_id=endpoint.id,
+                incarnation=endpoint.incarnation,
+                version=infermesh.__version__,
+                features=FEATURES,
+            )
+        )
+        gone = asyncio.create_task(_until_goodbye(frames))
+        try:
+            async for frame in self._reports(gateway_id, interval_s, gone):
+                yield frame
+        finally:
+            gone.cancel()
+            self._arrivals.forget(gateway_id)
+
+    async def _reports(
+        self, gateway_id: str, interval_s: float, gone: asyncio.Task[None]
+    ) -> AsyncIterator[wk.LinkResponse]:
+        """Load when it changed, at least every second; the drain once; until the gateway leaves."""
+        last: wk.Load | None = None
+        last_at = 0.0
+        told = False
+        while not gone.done():
+            if self._draining.is_set() and not told:
+                told = True
+                yield wk.LinkResponse(draining=wk.Draining(grace_ms=round(self._grace_s * 1000)))
+            load = self._frame(gateway_id)
+            now = time.monotonic()
+            if load != last or now - last_at >= HEARTBEAT_S:
+                last, last_at = load, now
+                stamped = wk.Load()
+                stamped.CopyFrom(load)
+                stamped.taken_at_ms = round(now * 1000)
+                yield wk.LinkResponse(load=stamped)
+            waits = {gone} if told else {gone, asyncio.ensure_future(self._draining.wait())}
+            await asyncio.wait(waits, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
+            for task in waits - {gone}:
+                task.cancel()
+
+    def _frame(self, gateway_id: str) -> wk.Load:
+        share = self._arrivals.share(gateway_id)
+        load = self._load()
+        load.seen_seq = share.seen_seq
+        load.own_running = share.running
+        load.own_queued_tokens = share.queued_tokens
+        return load
+
+
+async def _until_goodbye(frames: AsyncIterator[wk.LinkRequest]) -> None:
+    """Ends when the gateway says goodbye or its half of the stream is over. Frames of later versions are ignored."""
+    async for frame in frames:
+        if frame.WhichOneof("frame") == "goodbye":
+            return

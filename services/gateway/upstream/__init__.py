@@ -1,0 +1,1 @@
+"""Carries decisions out: directory, channels, and the one loop pick -> lease -> call -> outcome -> next."""

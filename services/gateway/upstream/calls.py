@@ -1,0 +1,98 @@
+"""The messages between a front and the forwarder (law 6: two fronts, one path).
+
+A front parses and checks, builds the contract's own request message and a `Call`, and opens it:
+
+    async with forwarder.open(Method.CHAT, request, call) as reply:
+        reply.identity          # who answers: known as soon as the first event is here
+        async for event in reply:
+            event.raw           # the bytes as the instance sent them
+            event.message       # the same, decoded once
+
+Entering waits for the first event (the first token, or the whole answer of a unary method) and raises `MeshError` when
+there will be none. Leaving early cancels the work in the engine. A unary method gives exactly one event.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from infermesh.v1 import embedding_pb2 as em
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1 import rerank_pb2 as rr
+
+
+class Method(Enum):
+    """What can be forwarded: kind of instance, full gRPC path, request and response type, whether it streams."""
+
+    CHAT = ("llm", "/infermesh.v1.LanguageModelService/Chat", lm.ChatRequest, lm.ChatResponse, True)
+    COMPLETE = ("llm", "/infermesh.v1.LanguageModelService/Complete", lm.CompleteRequest, lm.CompleteResponse, True)
+    TOKENIZE = ("llm", "/infermesh.v1.LanguageModelService/Tokenize", lm.TokenizeRequest, lm.TokenizeResponse, False)
+    DETOKENIZE = (
+        "llm",
+        "/infermesh.v1.LanguageModelService/Detokenize",
+        lm.DetokenizeRequest,
+        lm.DetokenizeResponse,
+        False,
+    )
+    EMBED = ("embedding", "/infermesh.v1.EmbeddingService/Embed", em.EmbedRequest, em.EmbedResponse, False)
+    RERANK = ("rerank", "/infermesh.v1.RerankService/Rerank", rr.RerankRequest, rr.RerankResponse, False)
+
+    def __init__(self, kind: str, path: str, request: Any, response: Any, streams: bool) -> None:
+        self.kind = kind
+        self.path = path
+        self.request = request
+        self.response = response
+        self.streams = streams
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Whose request it is; from the API key, never from a header."""
+
+    tenant: str = "default"
+    klass: str = "standard"  # core | standard | bulk: non-core traffic yields first
+    models: tuple[str, ...] = ()  # empty = all
+    operator: bool = False
+    tokens_per_minute: int = 0  # 0 = unbounded
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The circumstances of one request. `deadline` is on the event loop's clock, None = the gateway's default."""
+
+    request_id: str
+    caller: Caller = Caller()
+    deadline: float | None = None
+    trace: Mapping[str, str] = field(default_factory=dict)  # traceparent, tracestate
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who answers. `degraded`: the model asked for, when another one served it."""
+
+    instance_id: str
+    model_id: str
+    attempts: int = 1
+    degraded: str = ""
+
+
+@dataclass(slots=True)
+class Event:
+    raw: bytes
+    message: Any
+
+
+class Reply(Protocol):
+    identity: Identity
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+
+class Forward(Protocol):
+    """What a front asks of the forwarder."""
+
+    def open(self, method: Method, request: Any, call: Call) -> AbstractAsyncContextManager[Reply]: ...
