@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+from infermesh.errors import MeshError
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
@@ -95,4 +96,67 @@ class Reply(Protocol):
 class Forward(Protocol):
     """What a front asks of the forwarder."""
 
-    def open(self, method: Method, request: Any, call: Call) -> AbstractAsyncContextManager[Reply]: ...
+    def open(self, method: Method, request: Any, call: Call) -> AbstractAsyncContextManager[Reply]:
+        """Checks the request (ranges, `relay` unset), the caller's right to the model and its tokens a minute, then
+        finds an instance. The message belongs to the forwarder from then on. Fronts need not repeat these checks."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model id that clients may name. `context_max` in tokens, 0 = unknown; `created` in unix seconds."""
+
+    id: str
+    kind: str
+    aliases: tuple[str, ...] = ()
+    context_max: int = 0
+    created: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceView:
+    """One line of `instances`. `running`, `waiting`, `kv_used_ratio` are the instance's own last report, None = unknown.
+
+    `in_flight` is what this gateway has there. `state`: starting | healthy | suspect | draining | lost | rejected.
+    """
+
+    id: str
+    kind: str
+    model: str
+    address: str
+    state: str
+    tier: str = ""
+    device: str = ""
+    running: int | None = None
+    waiting: int | None = None
+    kv_used_ratio: float | None = None
+    speed: Mapping[str, float | str] = field(default_factory=dict)  # the known numbers of `Speed`, and `source`
+    weight: float = 1.0
+    rejected_reason: str = ""
+    incarnation: int = 0
+    in_flight: int = 0
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class DirectoryView(Protocol):
+    """What a front may see of the fleet. Both lists are sorted by id."""
+
+    def models(self) -> list[ModelView]: ...
+
+    def instances(self) -> list[InstanceView]: ...
+
+    @property
+    def stale(self) -> bool:
+        """The registry is out of reach; this is the last known set."""
+        ...
+
+
+class Watcher(Protocol):
+    """What a front tells of requests that never reach the forwarder, and where /metrics comes from. The forwarder
+    itself counts and logs every request that was opened."""
+
+    def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None: ...
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The metrics as Prometheus reads them, and their content type."""
+        ...
