@@ -1,10 +1,10 @@
 """The one error table: our reason <-> gRPC status <-> HTTP status (law 7).
 
-A `MeshError` carries a `Reason` from a closed list. Between processes the reason travels in trailing metadata beside the
-gRPC status (`to_trailers`, `from_rpc`), so that nothing is guessed from a status code while both ends are ours.
+A `MeshError` carries a `Reason` from a closed list. Between processes the reason travels in trailing metadata beside
+the gRPC status (`to_trailers`, `from_rpc`), so that nothing is guessed from a status code while both ends are ours.
 
-`dispatched` says whether work may have begun: a request refused before dispatch may go elsewhere at no risk; one that was
-lost after it may only go elsewhere while nothing has been sent to the caller.
+`dispatched` says whether work may have begun: a request refused before dispatch may go elsewhere at no risk; one that
+was lost after it may only go elsewhere while nothing has been sent to the caller.
 """
 
 from __future__ import annotations

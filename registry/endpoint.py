@@ -1,8 +1,8 @@
 """What an instance tells the world about itself: frozen values <-> flat registry metadata. Pure.
 
 Metadata is what Consul can carry (at most 64 pairs, keys `[A-Za-z0-9_-]{1,128}`, values of at most 512 bytes), and the
-embedded registry carries the same. A key that this version does not know is kept in `extra`; metadata that cannot be read
-gives a `Rejected` with its reason, never an exception and never silence (law 10, DESIGN §5).
+embedded registry carries the same. A key that this version does not know is kept in `extra`; metadata that cannot be
+read gives a `Rejected` with its reason, never an exception and never silence.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class Rejected:
     reason: str
 
 
-# Key of the metadata -> (attribute path, reader). Writers are `str` of the value; empty and default values are left out.
+# Readers of metadata values; they raise ValueError with what is allowed.
 def _number(low: float, high: float) -> Callable[[str], float]:
     def read(text: str) -> float:
         value = float(text)
@@ -151,6 +151,7 @@ def _hex64(text: str) -> int:
 
 
 _RATE = _number(1e-3, 1e9)
+# Key of the metadata -> (attribute path, reader). Unknown and empty values are left out.
 _FIELDS: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "model": ("model", str),
     "aliases": ("aliases", _names),

@@ -1,4 +1,4 @@
-"""Who answers: sent as initial metadata, right before the first message and never earlier (a retry is legal until then)."""
+"""Who answers: sent as initial metadata right before the first message, never earlier (a retry is legal until then)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The life of a model service: bind -> load -> serve -> register -> (signal) -> drain -> stop.
 
-It answers health, Describe and Link from the first moment; model calls are refused as STARTING until the engine is ready.
+It answers health, Describe and Link from the first moment; model calls are refused as STARTING until the model is in.
 """
 
 from __future__ import annotations

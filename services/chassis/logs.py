@@ -9,7 +9,7 @@ import structlog
 
 
 def configure_logs(level: str = "info", **bound: object) -> None:
-    """Sets the process's logging up, once, in its composition root. `bound` stands in every line (instance id, kind)."""
+    """Sets up logging, once, in a composition root. `bound` (instance id, kind) stands in every line."""
     threshold = getattr(logging, level.upper())
     structlog.configure(
         processors=[

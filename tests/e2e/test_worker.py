@@ -1,0 +1,121 @@
+"""Describe, Link and Drain over a real server and channel."""
+
+import asyncio
+import dataclasses
+
+import grpc
+import grpc.aio
+import pytest
+
+from infermesh.errors import Reason, from_rpc
+from infermesh.transport import channel_options
+from infermesh.v1 import worker_pb2 as wk
+from infermesh.v1 import worker_pb2_grpc
+from infermesh.v1.inference_pb2 import Relay
+from registry.endpoint import Endpoint
+from services.chassis.arrivals import Arrivals
+from services.chassis.keys import Keys
+from services.chassis.server import Phase, Server
+from services.chassis.worker import Worker
+
+ENDPOINT = Endpoint(id="llm-1", kind="llm", host="127.0.0.1", port=1, model="m", incarnation=77)
+
+
+@dataclasses.dataclass
+class Bench:
+    stub: worker_pb2_grpc.WorkerServiceStub
+    worker: Worker
+    arrivals: Arrivals
+    load: wk.Load
+    drains: list
+
+
+@pytest.fixture
+async def bench():
+    load, drains, arrivals = wk.Load(running=0), [], Arrivals()
+
+    def snapshot() -> wk.Load:
+        copy = wk.Load()
+        copy.CopyFrom(load)
+        return copy
+
+    worker = Worker(lambda: ENDPOINT, snapshot, arrivals, Keys(), drains.append)
+    server = Server(())
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
+    port = await server.start("127.0.0.1:0")
+    await server.enter(Phase.SERVING)
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=channel_options()) as channel:
+        yield Bench(worker_pb2_grpc.WorkerServiceStub(channel), worker, arrivals, load, drains)
+    await server.stop(0)
+
+
+async def test_describe_tells_what_is_registered(bench):
+    reply = await bench.stub.Describe(wk.DescribeRequest())
+    assert (reply.instance_id, reply.incarnation, reply.metadata["model"]) == ("llm-1", 77, "m")
+
+
+async def link(bench, interval_ms=20):
+    call = bench.stub.Link()
+    await call.write(wk.LinkRequest(hello=wk.GatewayHello(gateway_id="g", load_interval_ms=interval_ms)))
+    hello = await call.read()
+    assert (hello.hello.instance_id, hello.hello.incarnation) == ("llm-1", 77)
+    return call
+
+
+async def test_load_comes_when_it_changes_and_as_a_heartbeat(bench):
+    call = await link(bench)
+    first = (await call.read()).load
+    assert first.running == 0
+    with bench.arrivals.enter(Relay(gateway_id="g", seq=9), tokens=40):
+        bench.load.running = 1
+        changed = (await call.read()).load
+        assert (changed.running, changed.seen_seq, changed.own_running, changed.own_queued_tokens) == (1, 9, 1, 40)
+        before = asyncio.get_running_loop().time()
+        beat = (await call.read()).load
+        assert beat.running == 1
+        assert asyncio.get_running_loop().time() - before > 0.5
+    call.cancel()
+
+
+async def test_a_drain_is_told_once_to_every_gateway(bench):
+    first, second = await link(bench), await link(bench)
+    bench.worker.announce_drain(2.5)
+    for call in (first, second):
+        frames = [await call.read() for _ in range(3)]
+        assert [f.draining.grace_ms for f in frames if f.WhichOneof("frame") == "draining"] == [2500]
+        call.cancel()
+    assert (await bench.stub.Describe(wk.DescribeRequest())).draining
+
+
+async def test_goodbye_ends_the_link(bench):
+    call = await link(bench)
+    await call.write(wk.LinkRequest(goodbye=wk.GatewayGoodbye()))
+    frames = 0
+    while await call.read() is not grpc.aio.EOF:
+        frames += 1
+    assert frames <= 2
+    assert await call.code() == grpc.StatusCode.OK
+
+
+async def test_a_link_begins_with_hello(bench):
+    call = bench.stub.Link()
+    await call.write(wk.LinkRequest(goodbye=wk.GatewayGoodbye()))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call.read()
+        await call.read()
+    assert from_rpc(caught.value).reason is Reason.INVALID_ARGUMENT
+
+
+async def test_drain_is_for_this_instance_only(bench):
+    await bench.stub.Drain(wk.DrainRequest(instance_id="llm-1", grace_ms=1500))
+    assert bench.drains == [1.5]
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await bench.stub.Drain(wk.DrainRequest(instance_id="other"))
+    assert from_rpc(caught.value).param == "instance_id"
+
+
+async def test_what_is_not_served_says_so(bench):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in bench.stub.Calibrate(wk.CalibrateRequest()):
+            pass
+    assert from_rpc(caught.value).reason is Reason.UNIMPLEMENTED

@@ -1,0 +1,30 @@
+import pytest
+
+from infermesh.v1.inference_pb2 import Relay
+from services.chassis.arrivals import Arrivals
+
+
+async def test_shares_are_a_gateways_own():
+    arrivals = Arrivals()
+    with arrivals.enter(Relay(gateway_id="a", seq=7), tokens=100) as first:
+        with arrivals.enter(Relay(gateway_id="b", seq=1), tokens=5):
+            assert arrivals.running == 2
+            assert (arrivals.share("a").running, arrivals.share("a").queued_tokens) == (1, 100)
+            assert arrivals.share("a").seen_seq == 7
+        first.started()
+        assert arrivals.share("a").queued_tokens == 0
+    assert (arrivals.running, arrivals.share("a").running, arrivals.share("a").queued_tokens) == (0, 0, 0)
+
+
+async def test_an_error_leaves_nothing_behind():
+    arrivals = Arrivals()
+    with pytest.raises(RuntimeError), arrivals.enter(None, tokens=3):
+        raise RuntimeError
+    assert arrivals.running == 0
+    assert await arrivals.wait_idle(0.01)
+
+
+async def test_waiting_for_idle_gives_up_in_time():
+    arrivals = Arrivals()
+    with arrivals.enter(None):
+        assert not await arrivals.wait_idle(0.01)
