@@ -54,7 +54,7 @@ faults: ## the fault tests: killed, frozen and unreachable instances
 	@exec $(BIN)/python -m pytest tests/fault $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
-	@$(SETUP) lock
+	@$(PY) deploy/setup/lock.py
 
 clean: ## remove environments, stamps, caches and what runs left behind
 	rm -rf .venv .venv-llm .venv-protos .venv-uv .venv-compat .setup.lock .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

@@ -1,6 +1,6 @@
 """Prove what the client wheel promises: it works on the oldest and the newest protobuf and grpcio of its ranges.
 
-Builds the wheel, installs it with nothing of this checkout beside it into .venv-compat, and sends one message through it.
+Builds the wheel, installs it alone into .venv-compat, and sends one message through it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Runs inside .venv-compat, with -I: import every module of the client wheel, and carry a message over a real socket."""
+"""Runs inside .venv-compat with -I: import all of the client wheel, and carry a message over a real socket."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from importlib.metadata import distributions
 
 import google.protobuf
 import grpc
+
 import infermesh
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import language_model_pb2_grpc as rpc
@@ -17,7 +18,7 @@ from infermesh.v1 import language_model_pb2_grpc as rpc
 class Echo(rpc.LanguageModelServiceServicer):
     """Answers a chat with one delta that carries the model's name."""
 
-    def Chat(self, request: lm.ChatRequest, context: grpc.ServicerContext):  # noqa: N802
+    def Chat(self, request: lm.ChatRequest, context: grpc.ServicerContext):
         yield lm.ChatResponse(deltas=[{"content": request.model, "token_ids": [1, 2, 3]}])
 
 

@@ -1,7 +1,6 @@
 """Build the checkout's environments. Standard library only; quick and without network when nothing has changed.
 
 python3 deploy/setup/install.py [main] [llm] [protos]    build or refresh these (default: all)
-python3 deploy/setup/install.py lock                     resolve constraints/*.txt again
 python3 deploy/setup/install.py uv ARGS...               run uv with the settings that pip has on this machine
 """
 
@@ -137,7 +136,7 @@ def is_fresh(env: Environment) -> bool:
 
 
 def torch_backends(env: Environment, gpu: bool, settings: Settings) -> list[tuple[str, ...]]:
-    """Return uv's torch flags to try in turn: a wheel that pip would find wins, then torch's own index, then the plain one."""
+    """Return uv's torch flags to try in turn: pip's own wheel folder, torch's index, the plain one."""
     chosen = "UV_TORCH_BACKEND" in os.environ
     if not env.torch or chosen or settings.no_index or settings.has_local_wheel("torch"):
         return [()]
@@ -202,33 +201,10 @@ def install(names: Sequence[str]) -> None:
             build(env, gpu, settings)
 
 
-def lock() -> None:
-    """Resolve every constraints file again, around constraints/pins.txt and for the lowest Python."""
-    settings = read_settings(uv_binary().with_name("python"))
-    for gpu in (False, True):
-        for name, env in environments(gpu).items():
-            if name == "protos" or (gpu and name == "main"):
-                continue
-            source = ROOT / ".venv-uv" / f"{env.constraints}.in"
-            source.write_text("\n".join(env.requirements).replace("-e\n", "-e "))
-            command = ["pip", "compile", "--quiet", "--no-header", "--no-annotate", "--python-version", "3.11"]
-            command += ["--overrides", str(OVERRIDES), "--constraints", str(CONSTRAINTS / "pins.txt")]
-            result = source.with_suffix(".out")
-            if uv_command(settings, *command, str(source), "-o", str(result)):
-                sys.exit(f"{env.constraints}: no resolution")
-            pins = [line.split("+")[0] for line in result.read_text().splitlines() if not line.startswith("-e")]
-            header = f"# {env.folder}: {env.holds}. Written by `make constraints`; plain versions, no addresses, no hashes.\n"
-            (CONSTRAINTS / env.constraints).write_text(header + "\n".join(pins) + "\n")
-            say(f"constraints/{env.constraints}: {len(pins)} pins")
-
-
 def main(argv: list[str]) -> int:
     """Dispatch."""
     if argv[:1] == ["uv"]:
         return uv_command(read_settings(uv_binary().with_name("python")), *argv[1:])
-    if argv == ["lock"]:
-        lock()
-        return 0
     names = argv or ["main", "llm", "protos"]
     unknown = sorted(set(names) - set(environments(False)))
     if unknown:

@@ -1,4 +1,4 @@
-"""Generate infermesh/v1 from protos/infermesh/v1, or check that it is fresh. Runs in .venv-protos; standard library only.
+"""Generate infermesh/v1 from protos/infermesh/v1, or check that it is fresh. Runs in .venv-protos.
 
 .venv-protos/bin/python deploy/setup/protos.py            write the stubs
 .venv-protos/bin/python deploy/setup/protos.py --check    compare, change nothing, exit 1 when they differ

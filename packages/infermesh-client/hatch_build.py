@@ -1,4 +1,4 @@
-"""Choose the client wheel's files: all of infermesh/ but infermesh/cli/. An editable install links the checkout instead."""
+"""Choose the client wheel's files: all of infermesh/ but infermesh/cli/. An editable install links the checkout."""
 
 from __future__ import annotations
 
