@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
@@ -19,6 +20,12 @@ TIERS: Final = ("primary", "long-context", "fallback")
 SPEED_SOURCES: Final = ("prior", "catalogue", "declared", "calibrated", "observed")
 MAX_PAIRS: Final = 64
 MAX_VALUE_BYTES: Final = 512
+_KEY: Final = re.compile(r"[A-Za-z0-9_-]{1,128}")
+_ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
+# Where clouds answer with credentials outside the link-local range: AWS over IPv6, Alibaba, Azure, Oracle.
+_METADATA_SERVICES: Final = frozenset(
+    ipaddress.ip_address(text) for text in ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +212,10 @@ def to_metadata(endpoint: Endpoint) -> dict[str, str]:
         if text:
             pairs[key] = text
     for key, text in pairs.items():
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"metadata key {key!r} is not 1 to 128 of [A-Za-z0-9_-]")
+        if not text.isprintable():
+            raise ValueError(f"{key}: {text!r} holds unprintable characters")
         if len(text.encode()) > MAX_VALUE_BYTES:
             raise ValueError(f"{key}: {len(text.encode())} bytes, a registry carries at most {MAX_VALUE_BYTES}")
     if len(pairs) > MAX_PAIRS:
@@ -224,15 +235,17 @@ def _text(key: str, value: object) -> str:
 
 def from_metadata(id: str, kind: str, host: str, port: int, metadata: Mapping[str, str]) -> Endpoint | Rejected:
     """Reads what a registry holds, without trusting it."""
-    address = f"{host}:{port}"
-    fault = undialable(host, port)
+    # What is shown of a hostile entry must not write log lines of its own, nor fill a screen.
+    address = _shown(f"{host}:{port}")
+    fault = unusable_id(id) or undialable(host, port)
+    id = _shown(id)
     if fault:
-        return Rejected(id, kind, address, fault)
+        return Rejected(id, kind, address, _shown(fault))
     if kind not in KINDS:
         return Rejected(id, kind, address, f"kind {kind!r} is not one of {', '.join(KINDS)}")
     contract = metadata.get("contract", "")
     if contract != CONTRACT:
-        return Rejected(id, kind, address, f"contract {contract!r}, this gateway speaks {CONTRACT!r}")
+        return Rejected(id, kind, address, _shown(f"contract {contract!r}, this gateway speaks {CONTRACT!r}"))
     values: dict[str, object] = {}
     parts: dict[str, dict[str, object]] = {name: {} for name in _PARTS}
     for key, text in metadata.items():
@@ -240,18 +253,25 @@ def from_metadata(id: str, kind: str, host: str, port: int, metadata: Mapping[st
             continue
         path, read = _FIELDS[key]
         try:
+            if not text.isprintable() or len(text.encode()) > MAX_VALUE_BYTES:
+                raise ValueError(f"unprintable, or longer than {MAX_VALUE_BYTES} bytes")
             value = read(text)
         except ValueError as error:
-            return Rejected(id, kind, address, f"metadata {key}: {error}")
+            return Rejected(id, kind, address, _shown(f"metadata {key}: {error}"))
         owner, _, name = path.rpartition(".")
         (parts[owner] if owner else values)[name or path] = value
     if not values.get("model") and kind != "gateway":
         return Rejected(id, kind, address, "metadata model: absent")
     values.setdefault("model", "")
     for name, build in _PARTS.items():
-        values[name] = build(**parts[name])  # type: ignore[arg-type]
+        values[name] = build(**parts[name])
     extra = {key: text for key, text in metadata.items() if key not in _FIELDS and key != "contract"}
     return Endpoint(id=id, kind=kind, host=host, port=port, extra=extra, **values)  # type: ignore[arg-type]
+
+
+def unusable_id(id: str) -> str:
+    """Why this cannot be an instance's id; empty if it can. Ids travel in gRPC metadata, URLs, labels and log lines."""
+    return "" if _ID.fullmatch(id) else "an id is 1 to 128 of A-Z a-z 0-9 . _ : - and begins with a letter or digit"
 
 
 def undialable(host: str, port: int) -> str:
@@ -264,10 +284,26 @@ def undialable(host: str, port: int) -> str:
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:
-        legal = host and len(host) <= 253 and all(c.isalnum() or c in "-._" for c in host)
-        return "" if legal else f"host {host!r} is not a host name"
+        return _unfit_name(host)
+    # ::ffff:169.254.169.254 reaches the same machine as 169.254.169.254.
+    ip = getattr(ip, "ipv4_mapped", None) or ip
     if ip.is_unspecified:
         return f"{host} is not an address that can be dialled; start the instance with --advertise HOST:PORT"
-    if ip.is_link_local or ip.is_multicast:
-        return f"{host} is link-local or multicast"
+    if ip.is_link_local or ip.is_multicast or ip in _METADATA_SERVICES:
+        return f"{host} is link-local, multicast or a cloud's metadata service"
     return ""
+
+
+def _unfit_name(host: str) -> str:
+    if not host or len(host) > 253 or not all(c.isascii() and (c.isalnum() or c in "-._") for c in host):
+        return f"host {host!r} is not a host name"
+    # Resolvers read 2852039166, 0xa9fea9fe and 169.254.43518 as 169.254.169.254; no host name ends in a number.
+    last = host.rstrip(".").rpartition(".")[2].lower()
+    if last.isdigit() or re.fullmatch(r"0x[0-9a-f]*", last):
+        return f"host {host!r} is a number, not a host name"
+    return ""
+
+
+def _shown(text: str) -> str:
+    clean = "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return clean if len(clean) <= 200 else clean[:199] + "…"

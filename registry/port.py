@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from registry.endpoint import Endpoint, Rejected
+from registry.endpoint import Endpoint, Rejected, to_metadata, undialable, unusable_id
 
 
 class RegistryError(Exception):
@@ -62,4 +62,16 @@ class Registry(Protocol):
         after every change. `kinds` empty = all."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Ends watches and stops keeping registrations; does not deregister."""
+        ...
+
+
+def check_registrable(endpoint: Endpoint) -> None:
+    """Raises RegistryError for an endpoint that no registry should carry."""
+    try:
+        to_metadata(endpoint)
+    except ValueError as error:
+        raise RegistryError(f"{endpoint.id} cannot be registered: {error}") from error
+    if fault := unusable_id(endpoint.id) or undialable(endpoint.host, endpoint.port):
+        raise RegistryError(f"{endpoint.id} cannot be registered: {fault}")
