@@ -115,7 +115,7 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class InstanceView:
-    """One line of `instances`. `running`, `waiting`, `kv_used_ratio` are the instance's own last report, None = unknown.
+    """One line of `instances`. `running`, `waiting`, `kv_used_ratio` are its own last report, None = unknown.
 
     `in_flight` is what this gateway has there. `state`: starting | healthy | suspect | draining | lost | rejected.
     """

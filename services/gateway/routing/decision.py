@@ -1,0 +1,107 @@
+"""What the router answers: a decision with its record, and effects for others that the same step set in motion."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from infermesh.errors import Reason
+from services.gateway.routing.facts import Facts
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """An eligible instance with room. `cost_s` is the sum of `terms` (name, seconds) divided by `weight`."""
+
+    id: str
+    cost_s: float
+    terms: tuple[tuple[str, float], ...]
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Why a request went where it went; candidates and rejected are sorted by id. All that explains reads this."""
+
+    kind: str
+    model: str
+    chosen: str = ""
+    reason: str = ""  # least_cost | only_candidate | tie | no_room | and the words of refusals
+    candidates: tuple[Candidate, ...] = ()
+    rejected: tuple[tuple[str, str], ...] = ()
+    prompt_tokens: int = 0
+    output_tokens: int = 0  # expected
+    estimate_s: float = 0.0  # cost of the chosen one
+    waited_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A reservation on one life of one instance. `seq` is this gateway's number for the attempt."""
+
+    seq: int
+    instance_id: str
+    incarnation: int
+    facts: Facts
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Dispatch:
+    """Send it. `ticket` is 0 when it never waited."""
+
+    lease: Lease
+    ticket: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Hold it until an effect names the ticket."""
+
+    ticket: int
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """Nobody will answer it. `ticket` is 0 when it never waited."""
+
+    reason: Reason
+    message: str
+    record: Record
+    retry_after_s: float | None = None
+    ticket: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Degrade:
+    """The waiting request goes on as another model's. Comes with predicted waits; no policy produces it yet."""
+
+    ticket: int
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Eject:
+    """An instance takes no more work, and why."""
+
+    instance_id: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask the instance whether it is well, then call `probed`."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Close:
+    """A life is over and nothing of ours runs there: its channels may go."""
+
+    instance_id: str
+    incarnation: int
+
+
+Decision = Dispatch | Wait | Refuse
+Effect = Dispatch | Refuse | Degrade | Eject | Probe | Close

@@ -1,0 +1,85 @@
+"""What the router is told: a request (`Facts`), the fleet (`Member`), an instance (`LoadReport`), an end (`Outcome`).
+
+Times are seconds on one monotonic clock, chosen by the caller; work is in tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from infermesh.errors import Reason
+from registry.endpoint import Endpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """One request, as far as routing cares.
+
+    `prompt_tokens` is exact when `counted`; else 0, and the router estimates it from `prompt_bytes`. `max_tokens` 0 =
+    the caller set no bound. `slots` is what the request takes of an instance's `max_running` (0: tokenising). `since`
+    is when it first asked, which a re-pick keeps. `deadline` 0 = none.
+    """
+
+    kind: str
+    model: str
+    prompt_bytes: int = 0
+    prompt_tokens: int = 0
+    counted: bool = False
+    max_tokens: int = 0
+    choices: int = 1
+    slots: int = 1
+    tenant: str = "default"
+    klass: str = "standard"
+    priority: int = 0
+    features: frozenset[str] = frozenset()
+    excluded: frozenset[str] = frozenset()
+    document_id: str = ""
+    session_id: str = ""
+    deadline: float = 0.0
+    since: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One line of the directory. `passing`: the registry's opinion, one voice among several."""
+
+    endpoint: Endpoint
+    passing: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """A load frame. None is unknown. `own_*` and `seen_seq` speak of the gateway that reads it."""
+
+    running: int | None = None
+    waiting: int | None = None
+    queued_tokens: int | None = None
+    kv_used_ratio: float | None = None
+    resident_tokens: int | None = None
+    steps: int | None = None
+    seen_seq: int = 0
+    own_running: int = 0
+    own_queued_tokens: int = 0
+
+
+class End(Enum):
+    """How an attempt ended, as far as the health of its instance goes."""
+
+    DONE = "done"
+    REFUSED = "refused"  # the instance would not begin: full, draining, out of range, or the caller's own error
+    CANCELLED = "cancelled"  # by the caller or its deadline
+    FAILED = "failed"  # the instance's own error
+    LOST = "lost"  # the connection broke, or somebody else answered
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of an attempt. Token counts are the instance's own, 0 = not told."""
+
+    end: End
+    reason: Reason | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    ttft_s: float = 0.0
+    duration_s: float = 0.0

@@ -1,0 +1,67 @@
+"""Who may take a request at all: the same for every policy, each rejection with its word.
+
+Words: excluded, draining, lost, starting, suspect, feature:<name>, context_over, context_under, no_room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from registry.endpoint import Capacity
+from services.gateway.routing.facts import Facts
+from services.gateway.routing.fleet import Instance
+from services.gateway.routing.health import State
+
+EDGE = 1.15  # an estimate may be so far off; near a range's edge the larger range is chosen
+Rejected = tuple[tuple[str, str], ...]
+_NOT_NOW = {State.DRAINING: "draining", State.LOST: "lost", State.STARTING: "starting"}
+
+
+def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[Instance], Rejected]:
+    """Splits the instances of a model (sorted by id). Suspects are taken only where nobody is healthy; the widest
+    context range is taken, to give the exact refusal, where none is wide enough."""
+    passed: list[Instance] = []
+    suspects: list[Instance] = []
+    too_narrow: list[Instance] = []
+    rejected: list[tuple[str, str]] = []
+    for instance in pool:
+        word = _word(instance, facts, prompt)
+        if word == "":
+            (suspects if instance.state is State.SUSPECT else passed).append(instance)
+            continue
+        if word == "context_over":
+            too_narrow.append(instance)
+        rejected.append((instance.id, word))
+    if passed:
+        rejected.extend((instance.id, "suspect") for instance in suspects)
+    else:
+        passed = suspects
+    if not passed and too_narrow:
+        widest = max(instance.endpoint.capacity.context_max for instance in too_narrow)
+        passed = [instance for instance in too_narrow if instance.endpoint.capacity.context_max == widest]
+        taken = {instance.id for instance in passed}
+        rejected = [line for line in rejected if line[0] not in taken]
+    rejected.sort()
+    return passed, tuple(rejected)
+
+
+def _word(instance: Instance, facts: Facts, prompt: int) -> str:
+    if instance.id in facts.excluded:
+        return "excluded"
+    word = _NOT_NOW.get(instance.state)
+    if word is not None:
+        return word
+    if not facts.features <= instance.endpoint.features:
+        return f"feature:{min(facts.features - instance.endpoint.features)}"
+    return context_word(instance.endpoint.capacity, prompt, facts.max_tokens, facts.counted) if facts.slots else ""
+
+
+def context_word(capacity: Capacity, prompt: int, max_tokens: int, counted: bool) -> str:
+    """Does prompt + answer fit the range served? Unknown ranges take everything."""
+    if capacity.context_max:
+        need = (prompt if counted else round(prompt * EDGE)) + (max_tokens or 1)
+        if need > capacity.context_max:
+            return "context_over"
+    if capacity.context_min and prompt * (1 if counted else EDGE) < capacity.context_min:
+        return "context_under"
+    return ""

@@ -1,0 +1,60 @@
+"""What the router holds of each instance, and who serves which model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from registry.endpoint import Endpoint
+from services.gateway.routing.cost import Rates
+from services.gateway.routing.health import State, Voices
+from services.gateway.routing.ledger import Ledger
+
+
+@dataclass(slots=True)
+class Instance:
+    """One life of one instance. `full_until`: it refused for want of room, and is left alone until then."""
+
+    endpoint: Endpoint
+    rates: Rates
+    voices: Voices = field(default_factory=Voices)
+    ledger: Ledger = field(default_factory=Ledger)
+    state: State = State.STARTING
+    full_until: float = 0.0
+
+    @property
+    def id(self) -> str:
+        return self.endpoint.id
+
+    def has_room(self, slots: int, now: float) -> bool:
+        """`max_running` is the gateway's cap too; an unknown one caps nothing."""
+        if not slots:
+            return True
+        if now < self.full_until:
+            return False
+        cap = self.endpoint.capacity.max_running
+        return not cap or self.ledger.running() < cap
+
+
+@dataclass(slots=True)
+class Fleet:
+    """`pools`: (kind, model id or alias) -> its instances, sorted by id. `leaving`: lives that are over, until what
+    runs there has ended."""
+
+    instances: dict[str, Instance] = field(default_factory=dict)
+    leaving: dict[tuple[str, int], Instance] = field(default_factory=dict)
+    pools: dict[tuple[str, str], list[Instance]] = field(default_factory=dict)
+
+    def index(self) -> None:
+        pools: dict[tuple[str, str], list[Instance]] = {}
+        for id in sorted(self.instances):
+            instance = self.instances[id]
+            endpoint = instance.endpoint
+            for name in dict.fromkeys((endpoint.model, *endpoint.aliases)):
+                pools.setdefault((endpoint.kind, name), []).append(instance)
+        self.pools = pools
+
+    def life(self, id: str, incarnation: int) -> Instance | None:
+        instance = self.instances.get(id)
+        if instance is not None and instance.endpoint.incarnation == incarnation:
+            return instance
+        return self.leaving.get((id, incarnation))
