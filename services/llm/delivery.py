@@ -1,4 +1,4 @@
-"""Merging the events of a stream, so that a reply of many small steps travels in fewer messages. Pure: time is an argument.
+"""Merging the events of a stream, so that many small steps travel in few messages. Pure: time is an argument.
 
 The first event is never held back (it is the time to first token), the last one carries everything that was held.
 """

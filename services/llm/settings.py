@@ -91,6 +91,7 @@ class LlmSettings(InstanceSettings):
 
     kind: Literal["llm"] = "llm"
     engine: EngineName
+    max_waiting: int | None = Field(default=None, ge=0, le=1 << 20)  # beyond max_running; unset = a quarter of it
     vllm: VllmOptions = VllmOptions()
     openai_http: OpenAiHttpOptions = OpenAiHttpOptions()
     scripted: ScriptedOptions = ScriptedOptions()

@@ -48,7 +48,7 @@ class Window:
             raise too_long(prompt_tokens, self.model)
         wanted = min(sampling.max_tokens, room) if sampling.HasField("max_tokens") else None
         total = prompt_tokens + (wanted or 1)
-        if total > self.top or (total < self.low and wanted is not None) or prompt_tokens + room < self.low:
+        if total > self.top or (wanted is not None and total < self.low):
             raise OutOfWindow(
                 f"the prompt has {prompt_tokens} tokens and the answer may have {wanted or 'any number'}; "
                 f"this instance serves {self.low} to {self.top} together",

@@ -1,0 +1,336 @@
+"""An engine without a model, for tests and demos: it answers ` w0 w1 w2 …`, one word a token.
+
+Its text is always the same, so temperature, top_p, top_k, min_p, penalties and seed are accepted and change nothing.
+Its timing, queueing and prefix cache are real (`scripted_batch`, `scripted_cache`); what it does not do is refused by
+name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+
+import infermesh
+from infermesh.errors import MeshError, Reason, invalid, unsupported
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1.inference_pb2 import Relay, Usage
+from infermesh.v1.worker_pb2 import Load
+from registry.endpoint import Capacity, Hardware
+from services.llm.engine import EngineInfo, Event, PromptFacts
+from services.llm.engines.scripted_batch import Batch, Job, Pace
+from services.llm.engines.scripted_cache import BLOCK, Blocks
+from services.llm.engines.scripted_text import StopMatcher, Words, word
+from services.llm.settings import LlmSettings
+from services.llm.window import OutOfWindow, Window
+
+COMPLETE_TOKENS = 16  # OpenAI's default for a completion
+MAX_RUNNING = 256
+KV_TOKENS = 1 << 20
+MAX_LAG_S = 0.05  # what a busy host made us lose is caught up to this much
+BREATH = 1024  # tokens of prompt between two breaths of the event loop
+FEATURES = frozenset({"echo", "logprobs", "n", "resume", "token_ids"})
+_MARKERS = {
+    lm.ROLE_SYSTEM: "\n<|system|>",
+    lm.ROLE_DEVELOPER: "\n<|system|>",
+    lm.ROLE_USER: "\n<|user|>",
+    lm.ROLE_ASSISTANT: "\n<|assistant|>",
+    lm.ROLE_TOOL: "\n<|tool|>",
+}
+
+
+class ScriptedEngine:
+    def __init__(self, settings: LlmSettings) -> None:
+        speed = settings.speed
+        self._options = settings.scripted
+        self._window = Window(settings.scripted.max_context, *(settings.context or (0, 0)))
+        self._max_running = settings.max_running or MAX_RUNNING
+        self._blocks = Blocks(max(1, (settings.kv_tokens or KV_TOKENS) // BLOCK))
+        pace = Pace(
+            speed.prefill_tps or 0, speed.prefill_doubling_ctx or 0, speed.step_ms or 0, speed.kv_us_per_ktoken or 0
+        )
+        self._batch = Batch(pace, self._max_running, self._blocks, settings.scripted.prefill_chunk)
+        self._model = settings.model
+        self._device = settings.device or "cpu"
+        self._words = Words()
+        self._kick = asyncio.Event()
+        self._stepping: asyncio.Task[None] | None = None
+
+    async def start(self, progress: Callable[[str], None]) -> EngineInfo:
+        if self._options.fail_start:
+            raise MeshError(Reason.FAILED_PRECONDITION, "the scripted engine was told to fail at start")
+        self._stepping = asyncio.create_task(self._step_on())
+        return EngineInfo(
+            engine="scripted",
+            engine_version=infermesh.__version__,
+            model=self._model,
+            hardware=Hardware(device=self._device),
+            capacity=Capacity(
+                context_min=self._window.low,
+                context_max=self._window.top,
+                max_running=self._max_running,
+                kv_tokens=self._blocks.capacity * BLOCK,
+                kv_block=BLOCK,
+            ),
+            features=FEATURES,
+            weights_version="scripted-1",
+            tokenizer_digest="words-1",
+            template_digest="markers-1",
+        )
+
+    async def chat(self, request: lm.ChatRequest) -> AsyncIterator[Event]:
+        if request.tools:
+            raise unsupported("tools", "the scripted engine calls no tools")
+        if request.template_args_json:
+            raise unsupported("template_args_json", "the scripted engine's template takes no arguments")
+        prompt = await self._count(self._render(request))
+        answer = self._answer(prompt, request, self._options.chat_tokens, natural_end=True)
+        async for event in self._run(answer, request.relay):
+            yield event
+
+    async def complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
+        if request.WhichOneof("prompt") == "token_ids":
+            prompt = list(request.token_ids.ids)
+        else:
+            prompt = await self._count(self._words.encode(request.text))
+        answer = self._answer(prompt, request, COMPLETE_TOKENS, natural_end=False)
+        if request.echo:
+            answer.prefix = self._words.decode(prompt) if request.WhichOneof("prompt") == "token_ids" else request.text
+        async for event in self._run(answer, request.relay):
+            yield event
+
+    async def tokenize(self, request: lm.TokenizeRequest) -> lm.TokenizeResponse:
+        if request.chat.tools or request.chat.template_args_json:
+            raise unsupported("chat.tools" if request.chat.tools else "chat.template_args_json", "not in the script")
+        if request.WhichOneof("input") == "chat":
+            chat = lm.ChatRequest(messages=request.chat.messages)
+            if request.chat.HasField("add_generation_prompt"):
+                chat.add_generation_prompt = request.chat.add_generation_prompt
+            ids = await self._count(self._render(chat))
+        else:
+            ids = await self._count(self._words.encode(request.text))
+        return lm.TokenizeResponse(
+            token_ids=ids, max_context=self._window.top, tokens=[self._words.text(token_id) for token_id in ids]
+        )
+
+    async def detokenize(self, request: lm.DetokenizeRequest) -> lm.DetokenizeResponse:
+        return lm.DetokenizeResponse(text=self._words.decode(request.token_ids))
+
+    def load(self) -> Load:
+        return Load(
+            running=len(self._batch.running),
+            waiting=len(self._batch.waiting),
+            queued_tokens=self._batch.queued_tokens,
+            kv_used_ratio=self._batch.kv_used_ratio,
+            steps=self._batch.steps,
+            resident_tokens=self._batch.resident_tokens,
+        )
+
+    async def died(self) -> str:
+        assert self._stepping is not None
+        await asyncio.wait({self._stepping})
+        return "the scripted engine's loop ended" if self._stepping.cancelled() else str(self._stepping.exception())
+
+    async def close(self) -> None:
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait({self._stepping})
+
+    async def _step_on(self) -> None:
+        """One task steps the batch; a step lasts as long as the model says, whatever computing it cost us."""
+        clock = asyncio.get_running_loop().time
+        over = clock()
+        while True:
+            step = self._batch.plan()
+            if step is None:
+                self._kick.clear()
+                await self._kick.wait()
+                over = clock()
+                continue
+            over = max(over, clock() - MAX_LAG_S) + step.seconds
+            await asyncio.sleep(max(0.0, over - clock()))
+            self._batch.finish(step)
+
+    def _render(self, request: lm.ChatRequest) -> Iterator[int]:
+        """The template: a marker a message, then its texts. Nothing of it depends on the time."""
+        for message in request.messages:
+            yield from self._words.encode(_MARKERS[message.role])
+            calls = [f"{call.id} {call.name} {call.arguments_json}" for call in message.tool_calls]
+            parts = [part.text for part in message.parts] or [message.content]
+            for text in (message.name, message.tool_call_id, message.reasoning, *parts, *calls):
+                yield from self._words.encode(text)
+        generates = request.add_generation_prompt if request.HasField("add_generation_prompt") else True
+        if generates and not request.continue_final_message:
+            yield from self._words.encode(_MARKERS[lm.ROLE_ASSISTANT])
+
+    async def _count(self, token_ids: Iterator[int]) -> list[int]:
+        ids: list[int] = []
+        for token_id in token_ids:
+            ids.append(token_id)
+            if len(ids) % BREATH == 0:
+                await asyncio.sleep(0)
+        return ids
+
+    def _answer(
+        self, prompt: list[int], request: lm.ChatRequest | lm.CompleteRequest, default: int, *, natural_end: bool
+    ) -> Answer:
+        sampling = request.sampling
+        if request.constraint.WhichOneof("constraint"):
+            raise unsupported(f"constraint.{request.constraint.WhichOneof('constraint')}", "the answer is scripted")
+        for name in ("prompt_logprobs", "logit_bias"):
+            if sampling.HasField(name) if name == "prompt_logprobs" else getattr(sampling, name):
+                raise unsupported(f"sampling.{name}", "the scripted engine does not serve it")
+        budget = self._window.budget(len(prompt), sampling)
+        limit, finish = budget, lm.FINISH_LENGTH
+        if not sampling.HasField("max_tokens") and not (natural_end and sampling.ignore_eos):
+            wish = max(default, sampling.min_tokens)
+            limit = min(wish, budget)
+            if natural_end and wish <= budget:
+                finish = lm.FINISH_STOP
+        return Answer(prompt, sampling, limit, finish)
+
+    async def _run(self, answer: Answer, relay: Relay) -> AsyncIterator[Event]:
+        done = _replay(answer, relay)
+        ready = asyncio.Event()
+        job = Job(
+            tokens=answer.prompt + done,
+            salt=relay.cache_salt,
+            target=answer.limit - len(done),
+            first_word=len(done),
+            choices=answer.choices,
+            wake=ready.set,
+        )
+        if job.blocks > self._blocks.capacity:
+            raise OutOfWindow(
+                f"{job.blocks * BLOCK} tokens of KV cache are needed, there are {self._blocks.capacity * BLOCK} here",
+                len(answer.prompt),
+            )
+        if answer.over:  # the lost instance had said everything but the end
+            yield answer.event(0, job)
+            return
+        self._batch.add(job)
+        self._kick.set()
+        told = 0
+        try:
+            while not answer.over:
+                await ready.wait()
+                ready.clear()
+                event = answer.event(job.made - told, job)
+                told = job.made
+                yield event
+                if 0 < self._options.fail_after_tokens <= told and not answer.over:
+                    raise MeshError(Reason.ENGINE_FAILED, f"the scripted engine was told to fail after {told} tokens")
+        finally:
+            self._batch.remove(job)
+            self._kick.set()
+
+
+@dataclass(slots=True)
+class Answer:
+    """What is still to be said, from word `said` on, and what ends it. All choices say the same."""
+
+    prompt: list[int]
+    sampling: lm.Sampling
+    limit: int  # words in all
+    finish: lm.Finish  # when the limit is reached
+    prefix: str = ""  # the prompt's text, when it is to be echoed
+    said: int = 0
+    over: bool = False
+    started: bool = False
+    ending: lm.Delta | None = None  # what ended it when all of it was said elsewhere
+    matcher: StopMatcher = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.matcher = StopMatcher(self.sampling.stop, self.sampling.include_stop)
+
+    @property
+    def choices(self) -> int:
+        return max(1, self.sampling.n)
+
+    def say(self, words: int) -> lm.Delta:
+        """The next words, as the delta of one choice."""
+        delta = lm.Delta()
+        if not self.sampling.stop and not self.sampling.stop_token_ids:
+            words = min(words, self.limit - self.said)
+            numbers = range(self.said, self.said + words)
+            delta.token_ids.extend(numbers)
+            delta.content = "".join(map(word, numbers))
+            self.said += words
+        else:
+            while words and self.said < self.limit and not self.over:
+                self._say_one(delta)
+                words -= 1
+        if self.sampling.HasField("logprobs"):
+            delta.logprobs.extend(_logprob(number, self.sampling.logprobs) for number in delta.token_ids)
+        if self.said >= self.limit and not self.over:
+            delta.content += self.matcher.rest()
+            delta.finish = self.finish
+            self.over = True
+        return delta
+
+    def _say_one(self, delta: lm.Delta) -> None:
+        number = self.said
+        self.said += 1
+        delta.token_ids.append(number)
+        if self.said <= self.sampling.min_tokens:
+            delta.content += word(number)
+        elif number in self.sampling.stop_token_ids:
+            delta.content += self.matcher.rest() + (word(number) if self.sampling.include_stop else "")
+            delta.finish, delta.stop_token, self.over = lm.FINISH_STOP, number, True
+        else:
+            delta.content += self.matcher.feed(word(number))
+            if self.matcher.found:
+                delta.finish, delta.stop_text, self.over = lm.FINISH_STOP, self.matcher.found, True
+
+    def event(self, words: int, job: Job) -> Event:
+        delta = self.ending or self.say(words)
+        event = Event([delta])
+        if not self.started:
+            self.started = True
+            event.prompt = PromptFacts(len(self.prompt), min(job.cached, len(self.prompt)))
+            delta.content = self.prefix + delta.content
+        for choice in range(1, self.choices):
+            other = lm.Delta()
+            other.CopyFrom(delta)
+            other.choice = choice
+            event.deltas.append(other)
+        if self.over:
+            event.usage = Usage(
+                prompt_tokens=len(self.prompt),
+                completion_tokens=self.said * self.choices,
+                cached_tokens=min(job.cached, len(self.prompt)),
+            )
+        return event
+
+
+def _replay(answer: Answer, relay: Relay) -> list[int]:
+    """Says the words that another instance has delivered, with output off. Returns their ids."""
+    done = list(relay.resume.token_ids)
+    if not done:
+        return done
+    if done != list(range(len(done))) or len(done) > answer.limit:
+        raise invalid("relay.resume.token_ids", "these are not the words that this engine says")
+    answer.prefix = ""
+    last = answer.say(len(done))
+    if answer.over:  # only its end is still to be told
+        answer.ending = lm.Delta(finish=last.finish)
+        if last.WhichOneof("stop") == "stop_text":
+            answer.ending.stop_text = last.stop_text
+        elif last.WhichOneof("stop") == "stop_token":
+            answer.ending.stop_token = last.stop_token
+    return done
+
+
+def _logprob(number: int, alternatives: int) -> lm.TokenLogprob:
+    """Made up, and the same every time: the word itself is the likeliest, the next ones follow."""
+    top = [_top(number + rank, rank) for rank in range(alternatives)]
+    text = word(number)
+    return lm.TokenLogprob(
+        token_id=number, token=text, token_bytes=text.encode(), logprob=-0.125 * (1 + number % 7), top=top
+    )
+
+
+def _top(number: int, rank: int) -> lm.TopLogprob:
+    text = word(number)
+    logprob = -0.125 * (1 + (number - rank) % 7) - 1.5 * rank
+    return lm.TopLogprob(token_id=number, token=text, token_bytes=text.encode(), logprob=logprob, rank=rank + 1)
