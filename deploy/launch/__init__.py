@@ -1,0 +1,1 @@
+"""Starting a fleet's processes on this host, and keeping them running."""

@@ -1,0 +1,31 @@
+"""The Python client: `AsyncClient` and `Client` speak to one gateway or several, and to a single instance just as well.
+
+    from infermesh.client import Client
+
+    with Client() as mesh:
+        print(mesh.chat("Why is the sky blue?", model="qwen2.5-0.5b-instruct").text)
+
+What fails raises `MeshError`, whose `reason` is of a closed list. Needs grpcio and protobuf, nothing else.
+"""
+
+from infermesh.client.aio import AsyncClient
+from infermesh.client.requests import SamplingOptions
+from infermesh.client.results import Choice, Chunk, Completion, Embeddings, Hit, Rerank, Served, ToolCall
+from infermesh.client.sync import Client
+from infermesh.errors import MeshError, Reason
+
+__all__ = [
+    "AsyncClient",
+    "Choice",
+    "Chunk",
+    "Client",
+    "Completion",
+    "Embeddings",
+    "Hit",
+    "MeshError",
+    "Reason",
+    "Rerank",
+    "SamplingOptions",
+    "Served",
+    "ToolCall",
+]

@@ -1,0 +1,68 @@
+"""Several gateways, one at a time: which one to call, and when to go on to the next. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from grpc import StatusCode
+
+from infermesh.errors import REASON_KEY, MeshError, Reason, from_status
+
+DEFAULT = "127.0.0.1:50050"
+
+
+def split(addresses: str | Sequence[str]) -> list[str]:
+    """host:port[,host:port…] or a list of them.
+
+    Raises:
+        ValueError: no address, or one that is none.
+    """
+    parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
+    found = [part.strip() for part in parts if part.strip()]
+    for address in found:
+        host, _, port = address.rpartition(":")
+        if not host or not port.isdigit() or not 0 < int(port) < 65536 or "//" in host:
+            raise ValueError(f"{address!r} is not HOST:PORT, e.g. {DEFAULT}")
+    if not found:
+        raise ValueError(f"no gateway is named; give HOST:PORT, e.g. {DEFAULT}")
+    return found
+
+
+class Rotation:
+    """Remembers the gateway that answered last."""
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._current = 0
+
+    def order(self) -> list[int]:
+        """Whom to ask, in turn: the current one first."""
+        return [(self._current + step) % self._count for step in range(self._count)]
+
+    def answered(self, index: int) -> None:
+        self._current = index
+
+
+def try_next(code: StatusCode, trailers: Iterable[tuple[str, str | bytes]]) -> bool:
+    """May another gateway be asked? Yes when this one was not reached or is leaving, while nothing has been received:
+    a gateway that did answer has tried the instances already.
+    """
+    reason = dict(trailers).get(REASON_KEY)
+    return reason == Reason.DRAINING or (reason is None and code is StatusCode.UNAVAILABLE)
+
+
+def as_error(code: StatusCode, details: str, trailers: Any, addresses: Sequence[str], *, begun: bool) -> MeshError:
+    """What the caller is told of a failed call. `begun`: some of the answer had come."""
+    pairs = [(item[0], item[1]) for item in trailers or ()]
+    if code is StatusCode.UNAVAILABLE and REASON_KEY not in dict(pairs):
+        if begun:
+            return MeshError(Reason.STREAM_LOST, f"the connection broke in the middle of the answer: {details}")
+        where = ", ".join(addresses)
+        return MeshError(Reason.NO_INSTANCE, f"no gateway answers at {where}: {details}; `infermesh up` starts one")
+    return from_status(code, details, pairs)
+
+
+def metadata(api_key: str, extra: Sequence[tuple[str, str]] = ()) -> tuple[tuple[str, str], ...]:
+    pairs = (("authorization", f"Bearer {api_key}"),) if api_key else ()
+    return (*pairs, *extra)

@@ -1,0 +1,320 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any, Self, Unpack
+
+import grpc
+import grpc.aio
+
+from infermesh.client import addresses as where
+from infermesh.client import requests
+from infermesh.client.results import Chunk, Completion, Embeddings, Rerank, Served, rerank_result, served
+from infermesh.transport import channel_options
+from infermesh.v1 import embedding_pb2 as em
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1 import mesh_pb2
+from infermesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
+from infermesh.v1.language_model_pb2_grpc import LanguageModelServiceStub
+from infermesh.v1.mesh_pb2_grpc import MeshServiceStub
+from infermesh.v1.rerank_pb2_grpc import RerankServiceStub
+
+IN_FLIGHT = 8  # batches of an embed_stream that wait for their vectors
+
+
+class AsyncClient:
+    """Speaks to the gateways at `addresses` ("host:port,host:port"): to one, until it dies, then to the next.
+
+    `timeout` is seconds for a whole call and can be given a call; None waits for ever. Every method raises `MeshError`.
+    """
+
+    def __init__(
+        self,
+        addresses: str | Sequence[str] = where.DEFAULT,
+        *,
+        api_key: str = "",
+        timeout: float | None = 600,
+        wan: bool = False,
+    ) -> None:
+        self.addresses = where.split(addresses)
+        self.timeout = timeout
+        self._metadata = where.metadata(api_key)
+        self._rotation = where.Rotation(len(self.addresses))
+        self._options = channel_options(wan=wan)
+        self._channels: dict[int, grpc.aio.Channel] = {}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close() for channel in channels))
+
+    # ---- language models
+
+    async def chat(
+        self,
+        messages: requests.Messages,
+        *,
+        model: str,
+        tools: Iterable[Mapping[str, Any]] = (),
+        tool_choice: str = "",
+        template_args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[requests.Options],
+    ) -> Completion:
+        """Answers a conversation, or one question."""
+        request = requests.chat_request(
+            messages,
+            model,
+            {"min_interval_ms": 250, **options},
+            tools=tools,
+            tool_choice=tool_choice,
+            template_args=template_args,
+        )
+        return await self._collect(_chat, request, timeout)
+
+    def chat_stream(
+        self,
+        messages: requests.Messages,
+        *,
+        model: str,
+        tools: Iterable[Mapping[str, Any]] = (),
+        tool_choice: str = "",
+        template_args: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **options: Unpack[requests.Options],
+    ) -> AsyncIterator[Chunk]:
+        """The same, as it is made. Leaving the loop (and closing the iterator) cancels the request."""
+        request = requests.chat_request(
+            messages, model, options, tools=tools, tool_choice=tool_choice, template_args=template_args
+        )
+        return self._stream(_chat, request, timeout)
+
+    async def complete(
+        self,
+        prompt: requests.TextOrIds,
+        *,
+        model: str,
+        echo: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[requests.Options],
+    ) -> Completion:
+        """Continues a text or a list of token ids."""
+        request = requests.complete_request(prompt, model, {"min_interval_ms": 250, **options}, echo=echo)
+        return await self._collect(_complete, request, timeout)
+
+    def complete_stream(
+        self,
+        prompt: requests.TextOrIds,
+        *,
+        model: str,
+        echo: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[requests.Options],
+    ) -> AsyncIterator[Chunk]:
+        return self._stream(_complete, requests.complete_request(prompt, model, options, echo=echo), timeout)
+
+    async def tokenize(
+        self,
+        text: requests.Messages,
+        *,
+        model: str,
+        add_special_tokens: bool | None = None,
+        timeout: float | None = None,
+    ) -> lm.TokenizeResponse:
+        """A text, or a conversation as `chat` would see it, in token ids."""
+        request = requests.tokenize_request(text, model, add_special_tokens=add_special_tokens)
+        reply, _ = await self._unary(lambda channel: LanguageModelServiceStub(channel).Tokenize, request, timeout)
+        return reply
+
+    async def detokenize(self, token_ids: Sequence[int], *, model: str, timeout: float | None = None) -> str:
+        request = lm.DetokenizeRequest(model=model, token_ids=token_ids)
+        reply, _ = await self._unary(lambda channel: LanguageModelServiceStub(channel).Detokenize, request, timeout)
+        return str(reply.text)
+
+    # ---- embedding and rerank
+
+    async def embed(
+        self, inputs: requests.Inputs, *, model: str, timeout: float | None = None, **options: Any
+    ) -> Embeddings:
+        """Vectors of texts (or token ids). Options: dimensions, normalize, truncation (none, end, start), task, prefix,
+        max_tokens.
+        """
+        request = requests.embed_request(inputs, model, **options)
+        reply, who = await self._unary(lambda channel: EmbeddingServiceStub(channel).Embed, request, timeout)
+        return Embeddings(reply, who)
+
+    async def embed_stream(
+        self,
+        batches: Iterable[requests.Inputs] | AsyncIterable[requests.Inputs],
+        *,
+        model: str,
+        timeout: float | None = None,
+        **options: Any,
+    ) -> AsyncIterator[Embeddings]:
+        """Bulk work: the vectors of each batch, in order. At most 8 batches are on the way; the next one is read from
+        `batches` when there is room.
+        """
+        room = asyncio.Semaphore(IN_FLIGHT)
+        fault: list[Exception] = []  # of the caller's own iterator; grpc would only log it
+
+        async def frames() -> AsyncIterator[em.EmbedStreamRequest]:
+            tag = 0
+            try:
+                async for batch in _each(batches):
+                    await room.acquire()
+                    tag += 1
+                    yield em.EmbedStreamRequest(batch=requests.embed_request(batch, model, **options), tag=tag)
+            except Exception as error:
+                fault.append(error)
+
+        index = await self._reach()
+        call = EmbeddingServiceStub(self._channel(index)).EmbedStream(
+            frames(), timeout=self._seconds(timeout), metadata=self._metadata
+        )
+        begun = False
+        try:
+            async for reply in call:
+                begun = True
+                room.release()
+                yield Embeddings(reply.batch, Served(model=reply.batch.model))
+            if fault:
+                raise fault[0]
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error, begun=begun) from None
+        finally:
+            call.cancel()
+
+    async def rerank(
+        self, query: str, documents: Sequence[str], *, model: str, timeout: float | None = None, **options: Any
+    ) -> Rerank:
+        """Documents by relevance. Options: top_n, return_documents, raw_scores, truncation."""
+        request = requests.rerank_request(query, documents, model, **options)
+        reply, who = await self._unary(lambda channel: RerankServiceStub(channel).Rerank, request, timeout)
+        return rerank_result(reply, who)
+
+    # ---- the mesh
+
+    async def instances(
+        self, *, kind: str = "", model: str = "", timeout: float | None = None
+    ) -> list[mesh_pb2.Instance]:
+        """What is registered, rejected entries among them."""
+        request = mesh_pb2.ListInstancesRequest(kind=kind, model=model)
+        reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).ListInstances, request, timeout)
+        return list(reply.instances)
+
+    async def explain(self, request: mesh_pb2.ExplainRequest, *, timeout: float | None = None) -> str:
+        """The decision record, in JSON."""
+        reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).Explain, request, timeout)
+        return str(reply.decision_json)
+
+    async def drain(self, instance_id: str, *, grace_ms: int | None = None, timeout: float | None = None) -> int:
+        """Lets an instance finish its work and leave (operator's key). Returns how many requests it still runs."""
+        request = mesh_pb2.DrainInstanceRequest(instance_id=instance_id, grace_ms=grace_ms)
+        reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).DrainInstance, request, timeout)
+        return int(reply.running)
+
+    # ---- calls
+
+    def _channel(self, index: int) -> grpc.aio.Channel:
+        if index not in self._channels:
+            self._channels[index] = grpc.aio.insecure_channel(self.addresses[index], options=self._options)
+        return self._channels[index]
+
+    def _seconds(self, timeout: float | None) -> float | None:
+        return self.timeout if timeout is None else timeout
+
+    def _error(self, error: grpc.aio.AioRpcError, *, begun: bool = False) -> Exception:
+        details = error.details() or ""
+        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, begun=begun)
+
+    async def _unary(
+        self, method: Callable[[grpc.aio.Channel], Any], request: Any, timeout: float | None
+    ) -> tuple[Any, Served]:
+        seconds = self._seconds(timeout)
+        started = asyncio.get_running_loop().time()
+        order = self._rotation.order()
+        for index in order:
+            left = None if seconds is None else seconds - (asyncio.get_running_loop().time() - started)
+            call = method(self._channel(index))(request, timeout=left, metadata=self._metadata)
+            try:
+                reply = await call
+            except grpc.aio.AioRpcError as error:
+                if index != order[-1] and where.try_next(error.code(), _pairs(error.trailing_metadata())):
+                    continue
+                raise self._error(error) from None
+            self._rotation.answered(index)
+            return reply, served(_pairs(await call.initial_metadata()))
+        raise AssertionError("there is at least one address")
+
+    async def _stream(
+        self, method: Callable[[grpc.aio.Channel], Any], request: Any, timeout: float | None
+    ) -> AsyncIterator[Chunk]:
+        seconds = self._seconds(timeout)
+        started = asyncio.get_running_loop().time()
+        order = self._rotation.order()
+        for index in order:
+            left = None if seconds is None else seconds - (asyncio.get_running_loop().time() - started)
+            call = method(self._channel(index))(request, timeout=left, metadata=self._metadata)
+            answer, begun = Completion(), False
+            try:
+                async for event in call:
+                    if not begun:
+                        begun = True
+                        self._rotation.answered(index)
+                        answer.served = served(_pairs(await call.initial_metadata()))
+                    answer.add(event)
+                    yield Chunk(event, answer)
+                return
+            except grpc.aio.AioRpcError as error:
+                if not begun and index != order[-1] and where.try_next(error.code(), _pairs(error.trailing_metadata())):
+                    continue
+                raise self._error(error, begun=begun) from None
+            finally:
+                call.cancel()
+
+    async def _collect(
+        self, method: Callable[[grpc.aio.Channel], Any], request: Any, timeout: float | None
+    ) -> Completion:
+        answer = Completion()
+        async for chunk in self._stream(method, request, timeout):
+            answer = chunk.so_far
+        return answer
+
+    async def _reach(self) -> int:
+        """The first gateway that can be connected to: a client stream cannot be sent twice."""
+        for index in self._rotation.order():
+            try:
+                await asyncio.wait_for(self._channel(index).channel_ready(), 2)
+            except TimeoutError:
+                continue
+            self._rotation.answered(index)
+            return index
+        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses, begun=False)
+
+
+def _chat(channel: grpc.aio.Channel) -> Any:
+    return LanguageModelServiceStub(channel).Chat
+
+
+def _complete(channel: grpc.aio.Channel) -> Any:
+    return LanguageModelServiceStub(channel).Complete
+
+
+def _pairs(metadata: Any) -> list[tuple[str, str | bytes]]:
+    return [(item[0], item[1]) for item in metadata or ()]
+
+
+async def _each(batches: Iterable[Any] | AsyncIterable[Any]) -> AsyncIterator[Any]:
+    if isinstance(batches, AsyncIterable):
+        async for batch in batches:
+            yield batch
+    else:
+        for batch in batches:
+            yield batch
