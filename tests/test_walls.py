@@ -48,14 +48,17 @@ IMPURE = (
     *("asyncio", "time", "random", "logging", "os", "secrets", "socket", "subprocess", "threading", "uuid"),
     *("aiohttp", "grpc", "opentelemetry", "prometheus_client", "structlog"),
 )
+# What embedding and rerank share, torch included: theirs alone, so that gateway and LLM service start without it.
+PRIVATE = {"services.chassis.encoding": ("services.chassis.encoding", "services.embedding", "services.rerank")}
+ENCODERS = ("services/chassis/encoding/*", "services/embedding/*", "services/rerank/*")
 # Heavy or optional library -> the only files that may import it.
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "consul": ("registry/consul*.py",),
     "vllm": ("services/llm/engines/vllm*",),
-    "torch": ("services/llm/engines/vllm*", "services/embedding/*", "services/rerank/*"),
-    "sentence_transformers": ("services/embedding/*", "services/rerank/*"),
-    "openvino": ("services/embedding/*", "services/rerank/*"),
-    "transformers": ("services/llm/engines/*", "services/embedding/*", "services/rerank/*"),
+    "torch": ("services/llm/engines/vllm*", *ENCODERS),
+    "sentence_transformers": ENCODERS,
+    "openvino": ENCODERS,
+    "transformers": ("services/llm/engines/*", *ENCODERS),
     "ray": ("deploy/launch/*",),
 }
 # The client wheel installs with these two and nothing else.
@@ -124,6 +127,9 @@ def read(root: Path) -> list[Source]:
 def arrow_fault(source: Source, target: str) -> str:
     """Say why this file may not import that module of the house, or nothing."""
     room = room_of(source.module)
+    for private, users in PRIVATE.items():
+        if within(target, private) and not any(within(source.module, user) for user in users):
+            return f"{private} belongs to {', '.join(users)}"
     if target.split(".")[0] == "tests":
         return "the house does not know its tests"
     if room == "infermesh" and within(target, "infermesh") and not within(target, "infermesh.cli"):
@@ -213,6 +219,7 @@ FORBIDDEN = {
     "services/chassis/utils.py": "",
     "services/chassis/long.py": "x = 1\n" * (LONGEST + 1),
     "tests/unit/helpers.py": "",
+    "services/gateway/app.py": "from services.chassis.encoding import model",
     "services/chassis/tested.py": "from tests import fakes",
 }
 ALLOWED = {
@@ -220,6 +227,7 @@ ALLOWED = {
     "infermesh/client/a.py": "import grpc\nfrom infermesh import errors\nfrom infermesh.v1 import mesh_pb2_grpc",
     "services/llm/engines/vllm.py": "import vllm, torch\nfrom services.llm import engine",
     "services/embedding/encoder.py": "from sentence_transformers import SentenceTransformer",
+    "services/rerank/app.py": "from services.chassis.encoding import model",
     "services/gateway/app.py": "from services.gateway.front import rpc\nfrom services.gateway.upstream import forward",
     "services/gateway/front/rpc.py": "from services.gateway.upstream import forward\nimport grpc",
     "services/gateway/upstream/forward.py": "from services.gateway.routing import router\nimport asyncio",

@@ -164,7 +164,10 @@ def build(env: Environment, gpu: bool, settings: Settings) -> None:
         if uv_command(settings, *command) == 0:
             break
         if number == len(attempts):
-            sys.exit(f"could not fill {env.folder}: see uv's message above; what is there is kept, run it again")
+            sys.exit(
+                f"could not fill {env.folder}: see uv's message above; what is there is kept, run it again. This is Python "
+                f"{sys.version_info[0]}.{sys.version_info[1]}; where a wheel exists for another one: make setup PYTHON=..."
+            )
         say("torch's own index did not answer; trying the plain index (larger: it may carry CUDA builds)")
     (folder / "infermesh-stamp").write_text(fingerprint(env))
     say(f"{env.folder}: done in {time.monotonic() - started:.0f} s")
@@ -198,7 +201,7 @@ def install(names: Sequence[str]) -> None:
         say(f"to install: {', '.join(env.folder for env in stale)}; about {sum(env.mib for env in stale)} MiB on disk")
         settings = read_settings(uv_binary().with_name("python"))
         for env in stale:
-            build(env, gpu, settings)
+            build(env, gpu, settings.for_gpu() if gpu and env.torch else settings)
 
 
 def main(argv: list[str]) -> int:

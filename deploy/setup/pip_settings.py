@@ -6,7 +6,7 @@ import ast
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 TRUE = {"1", "true", "yes", "on"}
@@ -49,8 +49,17 @@ class Settings:
     def has_local_wheel(self, package: str) -> bool:
         """Say whether a folder among find-links holds a wheel of the package for this Python."""
         tag = f"cp{sys.version_info[0]}{sys.version_info[1]}"
-        folders = [Path(link.removeprefix("file://")) for link in self.find_links if "://" not in link[5:]]
-        return any(any(folder.glob(f"{package}-*-{tag}-*.whl")) for folder in folders if folder.is_dir())
+        return any(wheels(link, f"{package}-*-{tag}-*") for link in self.find_links)
+
+    def for_gpu(self) -> Settings:
+        """Leave out folders with a CPU build of torch: its version counts as higher than the CUDA build's."""
+        return replace(self, find_links=tuple(link for link in self.find_links if not wheels(link, "torch-*+cpu-*")))
+
+
+def wheels(link: str, pattern: str) -> list[Path]:
+    """Return the wheels in a find-links folder; none when it is an address elsewhere."""
+    folder = Path(link.removeprefix("file://"))
+    return list(folder.glob(f"{pattern}.whl")) if folder.is_dir() else []
 
 
 def spare_cache() -> str:

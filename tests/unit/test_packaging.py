@@ -172,3 +172,4 @@ def test_a_local_torch_wheel_is_seen_only_for_this_python(tmp_path: Path) -> Non
     assert not settings.has_local_wheel("torch")
     (tmp_path / f"torch-2.13.0+cpu-{tag}-{tag}-linux_x86_64.whl").touch()
     assert settings.has_local_wheel("torch")
+    assert settings.for_gpu().find_links == ("https://mirror.example/wheels",)  # the CPU build would win otherwise
