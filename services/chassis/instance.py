@@ -15,31 +15,31 @@ import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import structlog
-from registry.address import open_registry
-from registry.presence import advertised
 
 import infermesh
 from infermesh.errors import MeshError
 from infermesh.v1 import worker_pb2_grpc
 from infermesh.v1.worker_pb2 import Load
+from registry.advertise import advertised
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
+from registry.presence import Departure, present
 from services.chassis.arrivals import Arrivals
 from services.chassis.identity import Identity
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
+from services.chassis.registering import connect_registry
 from services.chassis.server import Phase, Server
 from services.chassis.settings import InstanceSettings, split_address
 from services.chassis.signals import Stop
 from services.chassis.worker import Worker
 
 WORKER_SERVICE = "infermesh.v1.WorkerService"
-SETTLE_S = (
-    0.5  # between leaving the registry and stopping to listen: gateways that have not heard yet are told DRAINING
-)
+SETTLE_S = 0.5  # after leaving the registry: gateways that have not heard yet are still told DRAINING
 log = structlog.get_logger("instance")
 
 
@@ -72,52 +72,67 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
     configure_logs(settings.log_level, instance=instance_id, kind=settings.kind)
     try:
         keys = load_keys(settings.keys)
-        advertise_host, advertise_port = advertised(settings.advertise, host, settings.registry)
-        registry = _registry(settings)
+        address = advertised(settings.advertise, host, settings.registry)
+        registry = connect_registry(settings)
     except (ValueError, RegistryError) as error:
         return _refuse(error)
     stop = Stop()
     identity = Identity(instance_id, secrets.randbits(64), settings.model)
-    arrivals = Arrivals()
-    program = build(InstanceContext(settings, identity, arrivals, keys))
+    context = InstanceContext(settings, identity, Arrivals(), keys)
+    program = build(context)
+    try:
+        return await _live(context, program, registry, address, stop)
+    except (MeshError, RegistryError, OSError) as error:
+        return _refuse(error)
+    finally:
+        await program.close()
+        if registry is not None:
+            await registry.close()
+        log.info("stopped")
+
+
+async def _live(
+    context: InstanceContext, program: Program, registry: Registry | None, address: tuple[str, int], stop: Stop
+) -> int:
+    settings, identity = context.settings, context.identity
+    endpoint = settings.draft(identity.instance_id, *address, identity.incarnation)
     server = Server(program.service_names, max_streams=2 * (settings.max_running or 1024) + 64)
-    endpoint = settings.draft(instance_id, advertise_host, advertise_port, identity.incarnation)
-    worker = Worker(lambda: endpoint, program.load, arrivals, keys, stop.ask)
+    worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask)
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
-    try:
-        bound = await server.start(settings.listen, [WORKER_SERVICE])
-    except OSError as error:
-        return _refuse(error)
+    bound = await server.start(settings.listen, [WORKER_SERVICE])
+    died = asyncio.ensure_future(program.died())
     stop.listen()
-    loading = asyncio.create_task(program.start(endpoint, lambda line: log.info("loading", step=line)))
-    code = 1
+
+    async def serving(yes: bool) -> None:
+        if not yes:
+            worker.announce_drain(_grace_s(settings, stop))
+        await server.enter(Phase.SERVING if yes else Phase.DRAINING)
+
+    async def drain(grace_s: float) -> None:
+        if not died.done() and not await context.arrivals.wait_idle(_grace_s(settings, stop)):
+            log.warning("grace period over", still_running=context.arrivals.running)
+
     try:
+        loading = asyncio.ensure_future(program.start(endpoint, lambda line: log.info("loading", step=line)))
         if not await _unless_stopped(loading, stop):
             return 0
         endpoint = dataclasses.replace(
-            loading.result(), port=advertise_port or bound, pid=os.getpid(), version=infermesh.__version__
+            loading.result(), port=address[1] or bound, pid=os.getpid(), version=infermesh.__version__
         )
-        await server.enter(Phase.SERVING)
-        if registry is not None:
-            await registry.register(endpoint)
-        _ready(settings.ready_file, endpoint, bound)
-        log.info("serving", address=endpoint.address, model=endpoint.model, engine=endpoint.engine)
-        code = await _until_over(program, stop)
-    except (MeshError, RegistryError) as error:
-        return _refuse(error)
+        registries = [] if registry is None else [registry]
+        departure = Departure(settle_s=SETTLE_S if registries else 0.0)
+        async with present(registries, endpoint, serving=serving, drain=drain, departure=departure):
+            _ready(settings.ready_file, endpoint, bound)
+            log.info("serving", address=endpoint.address, model=endpoint.model, engine=endpoint.engine)
+            return await _until_over(died, stop)
     finally:
-        await _leave(settings, stop, server, worker, registry, arrivals, instance_id, dead=code != 0)
-        await program.close()
-    log.info("stopped", exit_code=code)
-    return code
+        died.cancel()
+        await server.stop(0.2)
 
 
-def _registry(settings: InstanceSettings) -> Registry | None:
-    if not settings.registry:
-        return None
-    key = settings.operator_key_file.read_text().strip() if settings.operator_key_file else ""
-    return open_registry(settings.registry, operator_key=key)
+def _grace_s(settings: InstanceSettings, stop: Stop) -> float:
+    return settings.grace_s if stop.grace_s is None else stop.grace_s
 
 
 def _refuse(error: Exception) -> int:
@@ -127,10 +142,11 @@ def _refuse(error: Exception) -> int:
     return 2
 
 
-async def _unless_stopped(loading: asyncio.Task[Endpoint], stop: Stop) -> bool:
+async def _unless_stopped(loading: asyncio.Future[Endpoint], stop: Stop) -> bool:
     """Waits for the model; False when the process is told to stop first."""
-    asked = asyncio.create_task(stop.asked.wait())
-    await asyncio.wait({loading, asked}, return_when=asyncio.FIRST_COMPLETED)
+    asked = asyncio.ensure_future(stop.asked.wait())
+    either: set[asyncio.Future[Any]] = {loading, asked}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     if loading.done():
         return True
@@ -138,43 +154,16 @@ async def _unless_stopped(loading: asyncio.Task[Endpoint], stop: Stop) -> bool:
     return False
 
 
-async def _until_over(program: Program, stop: Stop) -> int:
-    died = asyncio.ensure_future(program.died())
-    asked = asyncio.create_task(stop.asked.wait())
-    await asyncio.wait({died, asked}, return_when=asyncio.FIRST_COMPLETED)
+async def _until_over(died: asyncio.Future[str], stop: Stop) -> int:
+    asked = asyncio.ensure_future(stop.asked.wait())
+    either: set[asyncio.Future[Any]] = {died, asked}
+    await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
     asked.cancel()
     if not died.done():
-        died.cancel()
         return 0
     log.critical("the engine is dead; this process ends", reason=died.result())
     print(f"infermesh: the engine is dead: {died.result()}", file=sys.stderr)
     return 1
-
-
-async def _leave(
-    settings: InstanceSettings,
-    stop: Stop,
-    server: Server,
-    worker: Worker,
-    registry: Registry | None,
-    arrivals: Arrivals,
-    instance_id: str,
-    *,
-    dead: bool,
-) -> None:
-    """NOT_SERVING -> out of the registry -> what is running finishes -> the listener closes."""
-    grace_s = 0.0 if dead else (settings.grace_s if stop.grace_s is None else stop.grace_s)
-    worker.announce_drain(grace_s)
-    await server.enter(Phase.DRAINING)
-    if registry is not None:
-        await registry.deregister(instance_id)
-    if not dead:
-        await asyncio.sleep(SETTLE_S if arrivals.running or registry is not None else 0)
-        if not await arrivals.wait_idle(grace_s):
-            log.warning("grace period over", still_running=arrivals.running)
-    await server.stop(0.2)
-    if registry is not None:
-        await registry.close()
 
 
 def _ready(path: Path | None, endpoint: Endpoint, port: int) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
+from services.chassis.registering import RegistrySettings
 
 
 class SpeedSettings(BaseModel):
@@ -24,10 +25,8 @@ class SpeedSettings(BaseModel):
     tokens_per_s: float | None = Field(default=None, gt=0)
 
 
-class InstanceSettings(BaseModel):
+class InstanceSettings(RegistrySettings):
     """Who an instance is and where it stands in the mesh."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["llm", "embedding", "rerank"]
     model: str = Field(min_length=1, max_length=256)
@@ -36,9 +35,7 @@ class InstanceSettings(BaseModel):
     instance_id: str = Field(default="", max_length=128, pattern=r"^[a-zA-Z0-9_.:-]*$")
     listen: str = "127.0.0.1:0"  # port 0 = any free one
     advertise: str = ""  # host:port that others dial; empty = the address of the route to the registry
-    registry: str = ""  # mesh://HOST:PORT[,HOST:PORT], consul://HOST:PORT; empty = none
     keys: Path | None = None
-    operator_key_file: Path | None = None
     insecure: bool = False
     tier: Literal["primary", "long-context", "fallback"] = "primary"
     weight: float = Field(default=1.0, ge=0.001, le=1000)

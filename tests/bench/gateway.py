@@ -1,0 +1,226 @@
+"""What the gateway costs: direct versus through it, gRPC and REST, unary and streaming, in one run on one machine.
+
+    make bench                     about a minute; prints a table and writes docs/bench.md with --write
+
+Two processes serve: one scripted instance that answers as fast as it can, and a gateway. The client is a third one (this).
+`CPU` is the gateway process's own user + system time, divided by requests or by streamed tokens. `longest hold` is the
+longest time that one step kept the gateway's event loop, over everything above, a 5 MB body and a reply of 2,048 × 1,024
+floats included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import orjson
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parent))
+from load import Run, grpc_load, rest_load
+
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Mesh:
+    direct: str  # host:port of the instance
+    grpc: str
+    http: str
+    gateway: psutil.Process
+
+
+@contextmanager
+def child(*command: str, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    with log.open("wb") as out:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ready(path: Path, process: subprocess.Popen[bytes], log: Path) -> dict[str, object]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        if path.exists():
+            return json.loads(path.read_text())
+        if process.poll() is not None:
+            raise SystemExit(f"a process ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+        time.sleep(0.05)
+    raise SystemExit(f"not ready after 60 s:\n{log.read_text()[-2000:]}")
+
+
+@contextmanager
+def mesh() -> Iterator[Mesh]:
+    """A registry, one scripted instance, one wide embedding instance and a gateway, on ports from the OS."""
+    infermesh = (sys.executable, "-P", "-m", "infermesh.cli")
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder)
+        files = {name: run / f"{name}.json" for name in ("registry", "llm", "embedding", "gateway")}
+        logs = {name: run / f"{name}.log" for name in files}
+
+        def begin(name: str, *command: str):
+            return child(*command, log=logs[name])
+
+        with begin(
+            "registry", *infermesh, "registry", "--listen", "127.0.0.1:0", "--ready-file", str(files["registry"])
+        ) as registry:
+            url = f"mesh://{ready(files['registry'], registry, logs['registry'])['address']}"
+            joined = ("--registry", url)
+            llm = (*infermesh, "llm", "--engine", "scripted", "--model", "scripted", "--max-running", "1024", *joined)
+            wide = (sys.executable, str(ROOT / "tests/bench/wide_embedding.py"), url, str(files["embedding"]))
+            gate = (*infermesh, "gateway", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *joined)
+            with (
+                begin("llm", *llm, "--ready-file", str(files["llm"])) as instance,
+                begin("embedding", *wide) as embedding,
+                begin("gateway", *gate, "--ready-file", str(files["gateway"])) as gateway,
+            ):
+                served = ready(files["llm"], instance, logs["llm"])
+                ready(files["embedding"], embedding, logs["embedding"])
+                fronts = ready(files["gateway"], gateway, logs["gateway"])
+                time.sleep(1.5)  # the gateway links to both
+                yield Mesh(
+                    str(served["address"]), str(fronts["grpc"]), f"http://{fronts['http']}", psutil.Process(gateway.pid)
+                )
+
+
+def cpu_s(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    clients: int
+    run: Run
+    cpu_us: float | None  # of the gateway, a request or a token
+    unit: str
+
+    def cells(self) -> tuple[str, ...]:
+        cpu = "" if self.cpu_us is None else f"{self.cpu_us:.0f} µs a {self.unit}"
+        run = self.run
+        return (
+            self.name,
+            str(self.clients),
+            f"{run.rps:.0f}",
+            f"{run.events / run.wall_s:.0f}",
+            f"{run.quantile_ms(0.5):.2f}",
+            f"{run.quantile_ms(0.99):.2f}",
+            cpu,
+        )
+
+
+async def measure(fleet: Mesh, scale: float) -> list[Row]:
+    rows = []
+    for unary, clients, count in ((True, 1, 1500), (True, 16, 6000), (False, 1, 40), (False, 16, 320)):
+        tokens = 1 if unary else TOKENS
+        count = max(clients, int(count * scale))
+        mode = "unary" if unary else f"stream of {TOKENS}"
+        shape = {"tokens": tokens, "unary": unary, "clients": clients, "count": count}
+        for name, front in (("direct gRPC", None), ("gateway gRPC", "grpc"), ("gateway REST", "http")):
+            before = cpu_s(fleet.gateway)
+            if front == "http":
+                run = await rest_load(fleet.http, "scripted", **shape)
+            else:
+                run = await grpc_load(fleet.grpc if front else fleet.direct, "scripted", **shape)
+            spent = (cpu_s(fleet.gateway) - before) if front else None
+            done = len(run.latencies) * (1 if unary else TOKENS)
+            cpu = None if spent is None else spent / done * 1e6
+            rows.append(Row(f"{name}, {mode}", clients, run, cpu, "request" if unary else "token"))
+            print("  " + " | ".join(rows[-1].cells()), file=sys.stderr, flush=True)
+    return rows
+
+
+async def big_ones(fleet: Mesh) -> list[str]:
+    """A 5 MB body (refused: it is over the context) and a 2,048 × 1,024 float reply, as float and as base64."""
+    lines = []
+    async with aiohttp.ClientSession(trust_env=False) as session:
+        words = "word " * (5_000_000 // 5)
+        bodies = {
+            "5 MB prompt": (
+                "chat/completions",
+                {"model": "scripted", "messages": [{"role": "user", "content": words}]},
+            ),
+            "2,048 × 1,024 floats": ("embeddings", {"model": "wide", "input": ["x"] * 2048}),
+            "the same, base64": ("embeddings", {"model": "wide", "input": ["x"] * 2048, "encoding_format": "base64"}),
+        }
+        for name, (path, body) in bodies.items():
+            begun = time.perf_counter()
+            async with session.post(f"{fleet.http}/v1/{path}", data=orjson.dumps(body)) as reply:
+                size = len(await reply.read())
+                took = time.perf_counter() - begun
+                lines.append(f"{name}: HTTP {reply.status}, {size / 1e6:.1f} MB in {took * 1000:.0f} ms")
+    return lines
+
+
+async def longest_hold_ms(fleet: Mesh) -> float:
+    async with aiohttp.ClientSession(trust_env=False) as session, session.get(f"{fleet.http}/metrics") as reply:
+        found = re.search(r"^infermesh_gateway_loop_hold_max_seconds (\S+)", await reply.text(), re.MULTILINE)
+    if found is None:
+        raise SystemExit("the gateway's /metrics has no infermesh_gateway_loop_hold_max_seconds")
+    return float(found[1]) * 1000
+
+
+async def report(scale: float) -> str:
+    with mesh() as fleet:
+        rows = await measure(fleet, scale)
+        big = await big_ones(fleet)
+        hold = await longest_hold_ms(fleet)
+        memory = fleet.gateway.memory_info().rss / 2**20
+    head = ("path", "clients", "requests/s", "events/s", "p50 ms", "p99 ms", "gateway CPU")
+    table = [head, tuple("---" for _ in head), *(row.cells() for row in rows)]
+    p50 = {(row.name, row.clients): row.run.quantile_ms(0.5) for row in rows}
+    added = {front: p50[f"gateway {front}, unary", 1] - p50["direct gRPC, unary", 1] for front in ("gRPC", "REST")}
+    cpus = os.cpu_count()
+    lines = [
+        f"Machine: {cpus} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}",
+        "",
+        *("| " + " | ".join(cells) + " |" for cells in table),
+        "",
+        *(f"* added p50 at one client, {front}: {ms:.2f} ms" for front, ms in added.items()),
+        *(f"* {line}" for line in big),
+        f"* longest hold of the gateway's loop in all of this: {hold:.1f} ms",
+        f"* gateway's resident memory at the end: {memory:.0f} MiB",
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--scale", type=float, default=1.0, help="more or fewer requests (0.1 for a quick look)")
+    parser.add_argument("--write", action="store_true", help="put the result into docs/bench.md")
+    args = parser.parse_args()
+    text = asyncio.run(report(args.scale))
+    print(text)
+    if args.write:
+        command = f"make bench ARGS='--write{'' if args.scale == 1 else f' --scale {args.scale:g}'}'"
+        page = (
+            f"# What the gateway costs\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\nCommand: `{command}`\n\n{text}\n"
+        )
+        (ROOT / "docs/bench.md").write_text(page)
+
+
+if __name__ == "__main__":
+    main()
