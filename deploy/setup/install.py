@@ -165,8 +165,8 @@ def build(env: Environment, gpu: bool, settings: Settings) -> None:
             break
         if number == len(attempts):
             sys.exit(
-                f"could not fill {env.folder}: see uv's message above; what is there is kept, run it again. This is Python "
-                f"{sys.version_info[0]}.{sys.version_info[1]}; where a wheel exists for another one: make setup PYTHON=..."
+                f"could not fill {env.folder}: see uv's message above; what is there is kept, so run it again. This is "
+                f"Python {sys.version_info[0]}.{sys.version_info[1]}; if wheels exist for another: PYTHON=..."
             )
         say("torch's own index did not answer; trying the plain index (larger: it may carry CUDA builds)")
     (folder / "infermesh-stamp").write_text(fingerprint(env))
