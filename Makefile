@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench faults compat constraints clean
+.PHONY: help up test setup check protos bench compat constraints clean
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -45,13 +45,9 @@ compat: ## prove that stubs and client work on the oldest and newest protobuf an
 	@$(SETUP) main
 	@$(PY) deploy/setup/compat.py
 
-bench: ## load test of a mesh on this machine (ARGS are those of `infermesh bench`)
-	@$(SETUP) main llm
-	@exec $(BIN)/infermesh bench $(ARGS)
-
-faults: ## the fault tests: killed, frozen and unreachable instances
-	@$(SETUP) main llm
-	@exec $(BIN)/python -m pytest tests/fault $(ARGS)
+bench: ## what the gateway costs, measured here (ARGS="--write" puts it into docs/bench.md)
+	@$(SETUP) main
+	@exec $(BIN)/python tests/bench/gateway.py $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py
