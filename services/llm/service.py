@@ -198,10 +198,10 @@ async def paced(events: AsyncIterator[Event], min_interval_s: float) -> AsyncIte
                 if not coming.done():
                     ready = coalescer.flush(clock())
                 else:
-                    event, coming = coming.result(), None
-                    ready = coalescer.flush(clock()) if event is None else coalescer.offer(event, clock())
-                    if event is None and ready is None:
+                    come, coming = coming.result(), None
+                    if come is None:
                         return
+                    ready = coalescer.offer(come, clock())
                 if ready is not None:
                     yield ready
         finally:

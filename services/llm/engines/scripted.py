@@ -55,11 +55,13 @@ class ScriptedEngine:
         self._words = Words()
         self._kick = asyncio.Event()
         self._stepping: asyncio.Task[None] | None = None
+        self._over = asyncio.Event()
 
     async def start(self, progress: Callable[[str], None]) -> EngineInfo:
         if self._options.fail_start:
             raise MeshError(Reason.FAILED_PRECONDITION, "the scripted engine was told to fail at start")
         self._stepping = asyncio.create_task(self._step_on())
+        self._stepping.add_done_callback(lambda task: self._over.set())
         return EngineInfo(
             engine="scripted",
             engine_version=infermesh.__version__,
@@ -127,9 +129,8 @@ class ScriptedEngine:
         )
 
     async def died(self) -> str:
-        assert self._stepping is not None
-        await asyncio.wait({self._stepping})
-        return "the scripted engine's loop ended" if self._stepping.cancelled() else str(self._stepping.exception())
+        await self._over.wait()
+        return "the scripted engine's loop broke"
 
     async def close(self) -> None:
         if self._stepping is not None:
@@ -177,11 +178,13 @@ class ScriptedEngine:
         sampling = request.sampling
         if request.constraint.WhichOneof("constraint"):
             raise unsupported(f"constraint.{request.constraint.WhichOneof('constraint')}", "the answer is scripted")
-        for name in ("prompt_logprobs", "logit_bias"):
-            if sampling.HasField(name) if name == "prompt_logprobs" else getattr(sampling, name):
-                raise unsupported(f"sampling.{name}", "the scripted engine does not serve it")
+        if sampling.HasField("prompt_logprobs"):
+            raise unsupported("sampling.prompt_logprobs", "the scripted engine has none")
+        if sampling.logit_bias:
+            raise unsupported("sampling.logit_bias", "the answer is scripted")
         budget = self._window.budget(len(prompt), sampling)
-        limit, finish = budget, lm.FINISH_LENGTH
+        limit = budget
+        finish: lm.Finish.ValueType = lm.FINISH_LENGTH
         if not sampling.HasField("max_tokens") and not (natural_end and sampling.ignore_eos):
             wish = max(default, sampling.min_tokens)
             limit = min(wish, budget)
@@ -232,7 +235,7 @@ class Answer:
     prompt: list[int]
     sampling: lm.Sampling
     limit: int  # words in all
-    finish: lm.Finish  # when the limit is reached
+    finish: lm.Finish.ValueType  # when the limit is reached
     prefix: str = ""  # the prompt's text, when it is to be echoed
     said: int = 0
     over: bool = False
