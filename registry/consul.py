@@ -56,8 +56,9 @@ class ConsulSettings:
 
     `token_file` is read again at every call, so that a rotated token needs no restart; with neither token nor file
     `CONSUL_HTTP_TOKEN` counts, as for Consul's own tools. `reassert_s`: how often we look whether our registration is
-    still there. `wait_s`: how long a query for changes is held open. `grace_s`: how long a vanishing of more than half
-    of the instances is doubted.
+    still there. `wait_s`: how long a query for changes is held open; after a restart that falls between two queries
+    the next one waits in vain, its index being behind ours, so this bounds how long that goes unseen. `grace_s`: how
+    long a vanishing of more than half of the instances is doubted.
     """
 
     host: str = "127.0.0.1"
@@ -69,7 +70,7 @@ class ConsulSettings:
     datacenter: str | None = None
     check: Check = field(default_factory=Check)
     reassert_s: float = 1.5
-    wait_s: float = 10.0
+    wait_s: float = 4.0
     grace_s: float = 10.0
     timeout_s: float = 5.0
 

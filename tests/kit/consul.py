@@ -1,0 +1,271 @@
+"""A real Consul server for tests: found on PATH, or taken from Debian's bullseye release (1.8.7) without root.
+
+with ConsulServer() as consul:
+    consul.url, consul.restart_empty(), consul.kill() ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / ".infermesh" / "tools" / "consul"
+SUITE = "bullseye"
+KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
+
+
+class NoConsul(Exception):
+    """There is none here and none can be fetched; the message says why."""
+
+
+def consul_binary() -> str:
+    """Path of a Consul, fetched once into the checkout.
+
+    Raises:
+        NoConsul: not on PATH, and this machine's package mirror has none.
+    """
+    if found := shutil.which("consul"):
+        return found
+    binary = TOOLS / "usr" / "bin" / "consul"
+    if not binary.exists():
+        TOOLS.parent.mkdir(parents=True, exist_ok=True)
+        with (TOOLS.parent / "consul.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it at the same time
+            if not binary.exists():
+                _fetch()
+    return str(binary)
+
+
+def _fetch() -> None:
+    """`apt-get download` from the machine's own mirror with the suite replaced; private lists, so that it needs no root
+    and leaves the system's apt as it is."""
+    if not (shutil.which("apt-get") and shutil.which("dpkg")):
+        raise NoConsul("no consul on PATH, and no apt-get to fetch one; install Consul 1.8 or later")
+    with tempfile.TemporaryDirectory(prefix="infermesh-consul-") as temporary:
+        work = Path(temporary)
+        for folder in ("lists/partial", "cache/archives/partial", "state"):
+            (work / folder).mkdir(parents=True)
+        signed = f"[signed-by={KEYRING}] " if Path(KEYRING).exists() else ""
+        (work / "sources.list").write_text(f"deb {signed}{_mirror()} {SUITE} main\n")
+        options = {
+            "Dir::Etc::SourceList": work / "sources.list",
+            "Dir::Etc::SourceParts": "/dev/null",
+            "Dir::State": work / "state",
+            "Dir::State::Lists": work / "lists",
+            "Dir::State::status": "/var/lib/dpkg/status",
+            "Dir::Cache": work / "cache",
+            "Acquire::Languages": "none",
+            "Acquire::Check-Valid-Until": "false",  # an archived suite's Release file has expired
+            "Acquire::AllowReleaseInfoChange": "true",
+            "APT::Sandbox::User": "",
+            "APT::Update::Post-Invoke-Success::": "",
+        }
+        apt = ["apt-get", "-q", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
+        for words in (["update"], ["download", "consul"]):
+            _run([*apt, *words], work)
+        unpacked = work / "unpacked"
+        _run(["dpkg", "-x", str(next(work.glob("consul_*.deb"))), str(unpacked)], work)
+        partial = TOOLS.with_name("consul.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "usr" / "bin").mkdir(parents=True)
+        shutil.copy2(unpacked / "usr" / "bin" / "consul", partial / "usr" / "bin" / "consul")
+        shutil.rmtree(TOOLS, ignore_errors=True)
+        partial.rename(TOOLS)
+
+
+def _mirror() -> str:
+    """The archive that this machine's own apt uses for its first suite."""
+    told = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], Path("/"))
+    for line in told.splitlines():
+        if "security" not in line:
+            return line.strip()
+    raise NoConsul("this machine's apt has no package lists (apt-get update?); or put a consul on PATH")
+
+
+def _run(words: list[str], cwd: Path) -> str:
+    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
+    if done.returncode:
+        raise NoConsul(f"{words[0]} {words[-1]} failed: {(done.stderr or done.stdout)[-500:]}")
+    return done.stdout
+
+
+class ConsulServer:
+    """One or three servers on free ports of 127.0.0.1. Leaves neither processes nor files behind.
+
+    `servers=1` is a dev server that forgets everything when it restarts. `config`: more of Consul's own configuration.
+    """
+
+    def __init__(self, *, servers: int = 1, config: dict[str, Any] | None = None) -> None:
+        self._count = servers
+        self._config = config or {}
+        self._binary = consul_binary()
+        self._folder = Path(tempfile.mkdtemp(prefix="infermesh-consul-"))
+        self._ports = [_free_ports() for _ in range(servers)]
+        self._processes: list[subprocess.Popen[bytes] | None] = [None] * servers
+
+    @property
+    def url(self) -> str:
+        return f"consul://127.0.0.1:{self.port()}"
+
+    def port(self, index: int = 0) -> int:
+        """The HTTP port of a server."""
+        return self._ports[index]["http"]
+
+    def __enter__(self) -> ConsulServer:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self, index: int | None = None) -> None:
+        """Starts what does not run and waits until it answers with a leader."""
+        wanted = range(self._count) if index is None else [index]
+        for one in wanted:
+            if self._processes[one] is None:
+                self._spawn(one)
+        for one in wanted:
+            self._wait_ready(one)
+
+    def kill(self, index: int | None = None) -> None:
+        """SIGKILL; what it knew stays on disk unless it is the dev server."""
+        for one in range(self._count) if index is None else [index]:
+            if process := self._processes[one]:
+                with contextlib.suppress(ProcessLookupError):
+                    process.send_signal(signal.SIGCONT)
+                process.kill()
+                process.wait(10)
+                self._processes[one] = None
+
+    def pause(self, index: int = 0) -> None:
+        """SIGSTOP: connections stay, nobody answers."""
+        if process := self._processes[index]:
+            process.send_signal(signal.SIGSTOP)
+
+    def go_on(self, index: int = 0) -> None:
+        if process := self._processes[index]:
+            process.send_signal(signal.SIGCONT)
+
+    def restart_empty(self) -> None:
+        """SIGKILL, then the same address with nothing known."""
+        self.kill()
+        for one in range(self._count):
+            shutil.rmtree(self._folder / f"data-{one}", ignore_errors=True)
+        self.start()
+
+    def leader(self) -> int:
+        """Index of the server that leads."""
+        for one in range(self._count):
+            if self._processes[one] is None:
+                continue
+            with contextlib.suppress(OSError, ValueError):
+                host, _, port = str(self.get("/v1/status/leader", one)).rpartition(":")
+                if host:
+                    return next(i for i in range(self._count) if self._ports[i]["server"] == int(port))
+        raise AssertionError("no leader")
+
+    def get(self, path: str, index: int = 0, token: str = "") -> Any:
+        return json.loads(self._call("GET", path, None, index, token))
+
+    def put(self, path: str, body: object = None, index: int = 0, token: str = "") -> str:
+        """Raises urllib.error.HTTPError for what Consul refuses."""
+        return self._call("PUT", path, json.dumps(body).encode() if body is not None else b"", index, token)
+
+    def close(self) -> None:
+        self.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _call(self, method: str, path: str, body: bytes | None, index: int, token: str) -> str:
+        url = f"http://127.0.0.1:{self.port(index)}{path}"
+        request = urllib.request.Request(url, body, {"X-Consul-Token": token} if token else {}, method=method)
+        direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with direct.open(request, timeout=10) as reply:
+            return str(reply.read().decode())
+
+    def _spawn(self, index: int) -> None:
+        ports = self._ports[index]
+        config: dict[str, Any] = {
+            "bind_addr": "127.0.0.1",
+            "client_addr": "127.0.0.1",
+            "ports": {**ports, "dns": -1, "grpc": -1},
+            "performance": {"raft_multiplier": 1},
+            "disable_update_check": True,
+            "log_level": "warn",
+        }
+        words = [self._binary, "agent"]
+        if self._count == 1:
+            words.append("-dev")
+        else:
+            others = [f"127.0.0.1:{self._ports[i]['serf_lan']}" for i in range(self._count) if i != index]
+            config |= {
+                "server": True,
+                "node_name": f"server-{index}",
+                "bootstrap_expect": self._count,
+                "retry_join": others,
+                "retry_interval": "1s",
+                "data_dir": str(self._folder / f"data-{index}"),
+            }
+        path = self._folder / f"server-{index}.json"
+        path.write_text(json.dumps(config | self._config))
+        with (self._folder / f"server-{index}.log").open("ab") as log:
+            self._processes[index] = subprocess.Popen(
+                [*words, "-config-file", str(path)], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    def _wait_ready(self, index: int, timeout_s: float = 40.0) -> None:
+        process = self._processes[index]
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if process is None or process.poll() is not None:
+                raise AssertionError(f"Consul ended: {self._log(index)}")
+            with contextlib.suppress(OSError, ValueError):
+                if self.get("/v1/status/leader", index) and self._listed(index):
+                    return
+            time.sleep(0.05)
+        raise AssertionError(f"Consul is not ready after {timeout_s} s: {self._log(index)}")
+
+    def _listed(self, index: int) -> bool:
+        """Whether the server has put itself into the catalogue; before that it answers, but with errors to come."""
+        try:
+            return bool(self.get("/v1/health/service/consul?stale", index))
+        except urllib.error.HTTPError as error:
+            return error.code == 403  # ACLs are on: it answers, which is what we ask
+
+    def _log(self, index: int) -> str:
+        return (self._folder / f"server-{index}.log").read_text(errors="replace")[-2000:]
+
+
+def _free_ports() -> dict[str, int]:
+    with _held(4) as ports:
+        return dict(zip(("http", "server", "serf_lan", "serf_wan"), ports, strict=True))
+
+
+@contextlib.contextmanager
+def _held(count: int) -> Iterator[list[int]]:
+    with contextlib.ExitStack() as stack:
+        found = []
+        for _ in range(count):
+            holder = stack.enter_context(socket.socket())
+            holder.bind(("127.0.0.1", 0))
+            found.append(holder.getsockname()[1])
+        yield found
