@@ -241,7 +241,9 @@ def test_a_young_registry_makes_requests_wait_too() -> None:
 
 
 def test_aliases_and_features_and_exclusion() -> None:
-    r = router(endpoint("a", aliases=("nick",)), endpoint("b", features=frozenset({"tools"})))
+    r = router(
+        endpoint("a", aliases=("nick",), features=frozenset({"n"})), endpoint("b", features=frozenset({"tools"}))
+    )
     assert pick(r, model="nick").lease.instance_id == "a"
     assert pick(r, features=frozenset({"tools"})).lease.instance_id == "b"
     none = r.pick(facts(features=frozenset({"grammar"})), OLD)

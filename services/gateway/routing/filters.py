@@ -51,9 +51,12 @@ def _word(instance: Instance, facts: Facts, prompt: int) -> str:
     word = _NOT_NOW.get(instance.state)
     if word is not None:
         return word
-    if not facts.features <= instance.endpoint.features:
-        return f"feature:{min(facts.features - instance.endpoint.features)}"
-    return context_word(instance.endpoint.capacity, prompt, facts.max_tokens, facts.counted) if facts.slots else ""
+    offered = instance.endpoint.features
+    if offered and not facts.features <= offered:  # an instance that lists none has not told, and decides by itself
+        return f"feature:{min(facts.features - offered)}"
+    if facts.kind != "llm" or not facts.slots:  # encoders cut each text by themselves
+        return ""
+    return context_word(instance.endpoint.capacity, prompt, facts.max_tokens, facts.counted)
 
 
 def context_word(capacity: Capacity, prompt: int, max_tokens: int, counted: bool) -> str:
@@ -62,6 +65,6 @@ def context_word(capacity: Capacity, prompt: int, max_tokens: int, counted: bool
         need = (prompt if counted else round(prompt * EDGE)) + (max_tokens or 1)
         if need > capacity.context_max:
             return "context_over"
-    if capacity.context_min and prompt * (1 if counted else EDGE) < capacity.context_min:
+    if max_tokens and prompt * (1 if counted else EDGE) + max_tokens < capacity.context_min:
         return "context_under"
     return ""

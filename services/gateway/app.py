@@ -1,0 +1,283 @@
+"""The gateway's composition root: one event loop, two doors, one forwarder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import random
+import secrets
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+import uvicorn
+
+import infermesh
+from infermesh.v1 import mesh_pb2_grpc
+from registry.address import open_registry
+from registry.advertise import advertised
+from registry.endpoint import Endpoint
+from registry.port import Registry, RegistryError
+from services.chassis.keys import Keys, load_keys
+from services.chassis.logs import configure_logs
+from services.chassis.server import Phase, Server
+from services.chassis.signals import Stop
+from services.gateway.config import GatewaySettings, split_address
+from services.gateway.front import rpc
+from services.gateway.front.embed_stream import EmbedStream
+from services.gateway.front.mesh import MESH, Mesh
+from services.gateway.observe import Observe
+from services.gateway.routing.admission import Bounds
+from services.gateway.routing.router import Router
+from services.gateway.tracing import Tracing
+from services.gateway.upstream.carrier import Carrier
+from services.gateway.upstream.channels import Channels
+from services.gateway.upstream.directory import Directory
+from services.gateway.upstream.forward import Forwarder
+
+SERVICES = (rpc.LANGUAGE_MODEL, rpc.EMBEDDING, rpc.RERANK, rpc.RETRIEVE)
+SETTLE_S = 0.5  # between NOT_SERVING and the end of the listeners: balancers and clients need a moment to hear
+STOP_S = 0.5
+log = structlog.get_logger("gateway")
+
+
+class Rest(uvicorn.Server):
+    """uvicorn without its own signal handling: it raises signals again, and a drain would see two."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass(slots=True)
+class Gateway:
+    """The parts of a running gateway."""
+
+    settings: GatewaySettings
+    server: Server
+    forwarder: Forwarder
+    directory: Directory
+    carrier: Carrier
+    observe: Observe
+    stop: Stop
+    rest: Rest | None = None
+    rest_socket: socket.socket | None = None
+    registry: Registry | None = None
+
+
+async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
+    """Runs one gateway to its end. Returns the exit code: 0 drained, 1 failed, 2 cannot run as configured.
+
+    `stop` is for those who run it in a process of their own making; by default signals ask.
+    """
+    _, port = split_address(settings.grpc)
+    gateway_id = settings.id or f"gateway-{socket.gethostname()}-{port or os.getpid()}"
+    configure_logs(settings.log_level, gateway=gateway_id)
+    own_signals = stop is None
+    stop = stop or Stop()
+    try:
+        gateway = _compose(settings, gateway_id, stop)
+        bound, host, advertised_port = await _listen(gateway)
+    except (ValueError, OSError, RegistryError) as error:
+        print(f"infermesh: {error}", file=sys.stderr)
+        log.error("cannot run", error=str(error))
+        return 2
+    if own_signals:
+        stop.listen()
+    tasks = _background(gateway)
+    endpoint = Endpoint(
+        id=gateway_id,
+        kind="gateway",
+        host=host,
+        port=advertised_port or bound,
+        model="",
+        incarnation=secrets.randbits(64),
+        pid=os.getpid(),
+        version=infermesh.__version__,
+        extra={"http": _http_address(gateway)} if gateway.rest else {},
+    )
+    code = 1
+    try:
+        await gateway.server.enter(Phase.SERVING)
+        if gateway.registry is not None:
+            await gateway.registry.register(endpoint)
+        _ready(gateway, endpoint, bound)
+        log.info("serving", grpc=f"{host}:{bound}", http=_http_address(gateway))
+        code = await _until_over(stop, tasks)
+    except RegistryError as error:
+        print(f"infermesh: {error}", file=sys.stderr)
+        log.error("cannot register", error=str(error))
+        code = 2
+    finally:
+        await _leave(gateway, gateway_id, tasks, hurry=code != 0)
+    log.info("stopped", exit_code=code, loop_hold_max_ms=round(gateway.observe.hold_max_s * 1000, 1))
+    return code
+
+
+def _compose(settings: GatewaySettings, gateway_id: str, stop: Stop) -> Gateway:
+    keys = load_keys(settings.keys)
+    operator_key = _secret(settings.operator_key_file, "operator_key_file")
+    salt = _secret(settings.salt_file, "salt_file") or operator_key or "infermesh"
+    registry = open_registry(settings.registry, operator_key=operator_key or None) if settings.registry else None
+    observe = Observe(Tracing(settings.otlp, gateway_id) if settings.otlp else None)
+    clock = asyncio.get_running_loop().time
+    queue = settings.queue
+    router = Router(clock(), Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s), settings.weights)
+    carrier = Carrier(router, Channels(), observe, clock, f"Bearer {operator_key}" if operator_key else "")
+    # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
+    life = f"{gateway_id}-{secrets.token_hex(4)}"
+    directory = Directory(carrier, life, settings.weights)
+    forwarder = Forwarder(
+        carrier,
+        observe,
+        life,
+        limits=settings.limits,
+        secret=hashlib.sha256(salt.encode()).digest(),
+        time_granularity_s=settings.time_granularity_s,
+        draw=random.Random(secrets.randbits(64)),
+    )
+    server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)
+    door = rpc.Door(forwarder, keys, observe)
+    server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door)))
+    mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys), server.grpc)
+    gateway = Gateway(settings, server, forwarder, directory, carrier, observe, stop, registry=registry)
+    if settings.http:
+        gateway.rest = _rest(gateway, keys)
+    return gateway
+
+
+def _rest(gateway: Gateway, keys: Keys) -> Rest:
+    from services.gateway.front.rest import build_app
+
+    def draining() -> bool:
+        return gateway.server.gate.phase is not Phase.SERVING
+
+    limits, observe = gateway.settings.limits, gateway.observe
+    app = build_app(gateway.forwarder, gateway.directory, keys, limits, observe, draining)
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=True,
+        timeout_graceful_shutdown=max(1, round(gateway.settings.grace_s)),
+    )
+    return Rest(config)
+
+
+async def _listen(gateway: Gateway) -> tuple[int, str, int]:
+    """Binds both doors. Returns the gRPC port, and the (host, port) to register."""
+    settings = gateway.settings
+    host, _ = split_address(settings.grpc)
+    shown, port = advertised(settings.advertise or None, host, settings.registry or None)
+    if gateway.rest is not None:
+        gateway.rest_socket = _bind(settings.http)
+    try:
+        return await gateway.server.start(settings.grpc, [MESH]), shown, port
+    except OSError:
+        if gateway.rest_socket is not None:
+            gateway.rest_socket.close()
+        raise
+
+
+def _bind(address: str) -> socket.socket:
+    """Raises OSError that says which address and what to do."""
+    host, port = split_address(address)
+    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind(where)
+        listener.listen(1024)  # at once: a second gateway must not be able to bind the same port
+    except OSError as error:
+        listener.close()
+        raise OSError(f"cannot listen on {address}: {error.strerror}; choose another one with --http") from None
+    listener.setblocking(False)
+    return listener
+
+
+def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
+    """What runs beside requests. None of it ends while the gateway lives."""
+    jobs = {"tick": gateway.carrier.run(), "links": gateway.directory.run(), "loop": gateway.observe.watch_loop()}
+    if gateway.registry is not None:
+        jobs["registry"] = gateway.directory.watch(gateway.registry)
+    if gateway.rest is not None:
+        jobs["rest"] = gateway.rest.serve(sockets=[gateway.rest_socket] if gateway.rest_socket else None)
+    return [asyncio.create_task(job, name=name) for name, job in jobs.items()]
+
+
+async def _until_over(stop: Stop, tasks: list[asyncio.Task[None]]) -> int:
+    asked = asyncio.create_task(stop.asked.wait())
+    done, _ = await asyncio.wait({asked, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+    if asked in done:
+        return 0
+    asked.cancel()
+    for task in done:
+        error = None if task.cancelled() else task.exception()
+        log.critical("a part of the gateway ended; so does the process", part=task.get_name(), exc_info=error)
+    return 1
+
+
+async def _leave(gateway: Gateway, gateway_id: str, tasks: list[asyncio.Task[None]], *, hurry: bool) -> None:
+    """NOT_SERVING, readyz 503 -> out of the registry -> what runs finishes within the grace -> the listeners close."""
+    grace_s = 0.0 if hurry else gateway.settings.grace_s
+    await gateway.server.enter(Phase.DRAINING)
+    if gateway.registry is not None:
+        await gateway.registry.deregister(gateway_id)
+    if not hurry and (gateway.registry is not None or not gateway.forwarder.idle.is_set()):
+        await asyncio.sleep(SETTLE_S)
+    try:
+        await asyncio.wait_for(gateway.forwarder.idle.wait(), grace_s)
+    except TimeoutError:
+        log.warning("grace period over", still_running=gateway.forwarder.budget.live)
+    if gateway.rest is not None:
+        gateway.rest.should_exit = True
+        gateway.rest.force_exit = not gateway.forwarder.idle.is_set()
+    await gateway.server.stop(STOP_S)
+    rest = [task for task in tasks if task.get_name() == "rest"]
+    if rest:
+        await asyncio.wait(rest, timeout=2.0)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await gateway.directory.close()
+    await gateway.carrier.channels.close_all()
+    if gateway.registry is not None:
+        await gateway.registry.close()
+    gateway.observe.close()
+
+
+def _secret(path: Path | None, key: str) -> str:
+    if path is None:
+        return ""
+    try:
+        return path.read_text().strip()
+    except OSError as error:
+        raise ValueError(f"{key}: {path}: {error.strerror}") from None
+
+
+def _http_address(gateway: Gateway) -> str:
+    if gateway.rest_socket is None:
+        return ""
+    host, port = gateway.rest_socket.getsockname()[:2]
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _ready(gateway: Gateway, endpoint: Endpoint, port: int) -> None:
+    """Tells a supervisor, in one atomic step, that this gateway serves."""
+    path = gateway.settings.ready_file
+    if path is None:
+        return
+    facts = {"id": endpoint.id, "address": endpoint.address, "port": port, "pid": os.getpid()}
+    facts["http"] = _http_address(gateway)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(facts))
+    partial.replace(path)

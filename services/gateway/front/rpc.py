@@ -1,0 +1,128 @@
+"""The gRPC door: the contract of the instances, served by the fleet. Events pass as the bytes that came in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import grpc
+import grpc.aio
+from google.protobuf.message import DecodeError
+
+from infermesh.errors import MeshError, Reason, invalid
+from services.chassis.identity import ATTEMPTS_KEY, DEGRADED_KEY, INSTANCE_KEY, MODEL_KEY, REQUEST_KEY
+from services.chassis.keys import Keys
+from services.chassis.rpc import Context, abort, as_mesh_error
+from services.gateway.front.callers import caller, request_id
+from services.gateway.upstream.calls import Call, Forward, Method, Reply, Watcher
+
+LANGUAGE_MODEL = "infermesh.v1.LanguageModelService"
+EMBEDDING = "infermesh.v1.EmbeddingService"
+RERANK = "infermesh.v1.RerankService"
+RETRIEVE = "infermesh.v1.RetrieveService"
+TRACE_KEYS = ("traceparent", "tracestate")
+
+
+class Door:
+    """What every handler shares: who calls, how errors leave."""
+
+    def __init__(self, forward: Forward, keys: Keys, watcher: Watcher) -> None:
+        self.forward = forward
+        self._keys = keys
+        self._watcher = watcher
+
+    def call(self, context: Context) -> Call:
+        """The circumstances of a call.
+
+        Raises:
+            MeshError: UNAUTHENTICATED.
+        """
+        given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        remaining = context.time_remaining()
+        deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
+        who = caller(self._keys, given.get("authorization"))
+        trace = {key: given[key] for key in TRACE_KEYS if key in given}
+        return Call(request_id(given.get(REQUEST_KEY)), who, deadline, trace)
+
+    def read(self, method: Method, request: bytes, context: Context) -> tuple[Any, Call]:
+        """The message and its circumstances; what fails here never reaches the forwarder, and is counted here."""
+        try:
+            call = self.call(context)
+            return parse(method.request, request), call
+        except MeshError as error:
+            self._watcher.refused("grpc", method.name.lower(), error, "")
+            raise
+
+    async def unary(self, method: Method, request: bytes, context: Context) -> bytes:
+        try:
+            message, call = self.read(method, request, context)
+            async with self.forward.open(method, message, call) as reply:
+                async for event in reply:
+                    await context.send_initial_metadata(identity(reply, call))
+                    return event.raw
+            raise MeshError(Reason.INTERNAL, "the instance gave no answer")
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await abort(context, as_mesh_error(error))
+            raise
+
+    async def stream(self, method: Method, request: bytes, context: Context) -> None:
+        try:
+            message, call = self.read(method, request, context)
+            async with self.forward.open(method, message, call) as reply:
+                await context.send_initial_metadata(identity(reply, call))
+                async for event in reply:
+                    await context.write(event.raw)
+        except (asyncio.CancelledError, grpc.aio.AbortError):
+            raise
+        except Exception as error:
+            await abort(context, as_mesh_error(error))
+
+
+def parse(kind: Any, request: bytes) -> Any:
+    try:
+        return kind.FromString(request)
+    except DecodeError:
+        raise invalid("request", f"these bytes are no {kind.DESCRIPTOR.name}") from None
+
+
+def identity(reply: Reply, call: Call) -> tuple[tuple[str, str], ...]:
+    who = reply.identity
+    pairs = (
+        (INSTANCE_KEY, who.instance_id),
+        (MODEL_KEY, who.model_id),
+        (ATTEMPTS_KEY, str(who.attempts)),
+        (REQUEST_KEY, call.request_id),
+    )
+    return (*pairs, (DEGRADED_KEY, who.degraded)) if who.degraded else pairs
+
+
+def handlers(door: Door, embed_stream: Callable[..., Awaitable[None]]) -> tuple[grpc.GenericRpcHandler, ...]:
+    """The model services. Handlers take and give bytes: no message is encoded twice."""
+    services: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
+    for method in Method:
+        _, service, name = method.path.split("/")
+        services.setdefault(service, {})[name] = _handler(door, method)
+    services[EMBEDDING]["EmbedStream"] = grpc.stream_stream_rpc_method_handler(embed_stream)
+    services[RETRIEVE] = {"Answer": grpc.unary_stream_rpc_method_handler(_no_answer)}
+    return tuple(grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items())
+
+
+def _handler(door: Door, method: Method) -> grpc.RpcMethodHandler:
+    if method.streams:
+
+        async def stream(request: bytes, context: Context) -> None:
+            await door.stream(method, request, context)
+
+        return grpc.unary_stream_rpc_method_handler(stream)
+
+    async def unary(request: bytes, context: Context) -> bytes:
+        return await door.unary(method, request, context)
+
+    return grpc.unary_unary_rpc_method_handler(unary)
+
+
+async def _no_answer(request: bytes, context: Context) -> None:
+    await abort(context, MeshError(Reason.UNIMPLEMENTED, "RetrieveService.Answer is not served by this version"))

@@ -1,0 +1,172 @@
+"""What leaves the gateway about its work: metrics and one log line a request (spans: tracing.py). Never a prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import choose_encoder
+
+from infermesh.errors import MeshError
+from services.gateway.routing.decision import Record
+from services.gateway.tracing import Spans, Tracing
+
+OK = "ok"
+LOOP_PERIOD_S = 0.005
+LOOP_WINDOW_S = 10.0
+_TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
+_DURATION = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
+log = structlog.get_logger("request")
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """The end of one request. Times in seconds, 0 = never came; `outcome` is `ok` or the word of a Reason."""
+
+    request_id: str
+    method: str
+    tenant: str
+    model: str
+    outcome: str
+    instance: str = ""
+    served_model: str = ""
+    attempts: int = 0
+    ttft_s: float = 0.0
+    duration_s: float = 0.0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    record: Record | None = None
+
+
+class Observe:
+    """One a process. Without an OTLP endpoint, `trace` gives None and costs nothing."""
+
+    def __init__(self, tracing: Tracing | None = None) -> None:
+        self._tracing = tracing
+        self.registry = CollectorRegistry()
+        labels = ("method", "model", "instance", "outcome")
+        name = "infermesh_gateway"
+        of = self.registry
+        self._requests = Counter(f"{name}_requests", "Requests that ended.", labels, registry=of)
+        self._ttft = Histogram(
+            f"{name}_ttft_seconds",
+            "Time to the first event.",
+            ("method", "model", "instance"),
+            buckets=_TTFT,
+            registry=of,
+        )
+        self._duration = Histogram(
+            f"{name}_duration_seconds",
+            "Whole requests.",
+            ("method", "model", "instance"),
+            buckets=_DURATION,
+            registry=of,
+        )
+        self._tokens = Counter(f"{name}_tokens", "Tokens, by what they were.", ("model", "type"), registry=of)
+        self._retries = Counter(f"{name}_retries", "Attempts after the first.", ("reason",), registry=of)
+        self._refused = Counter(
+            f"{name}_refused", "Refused before forwarding.", ("front", "method", "outcome"), registry=of
+        )
+        self._ejections = Counter(f"{name}_ejections", "Instances taken out.", ("instance",), registry=of)
+        self.in_flight = Gauge(f"{name}_in_flight", "Requests being served, waiting ones among them.", registry=of)
+        self.waiting = Gauge(f"{name}_waiting", "Requests that wait for room.", registry=of)
+        self._hold = Gauge(
+            f"{name}_loop_hold_seconds", f"Longest hold of the event loop in the last {LOOP_WINDOW_S:g} s.", registry=of
+        )
+        self._hold_max = Gauge(
+            f"{name}_loop_hold_max_seconds", "Longest hold of the event loop since start.", registry=of
+        )
+        self._series: dict[tuple[str, ...], tuple[Counter, Histogram, Histogram]] = {}
+        self.hold_max_s = 0.0
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def trace(self, method: str, trace: object) -> Spans | None:
+        return None if self._tracing is None else self._tracing.request(method, trace)
+
+    def finished(self, report: Report, error: BaseException | None = None) -> None:
+        """Counts and logs the end of a request."""
+        requests, ttft, duration = self._of(report)
+        requests.inc()
+        duration.observe(report.duration_s)
+        if report.ttft_s:
+            ttft.observe(report.ttft_s)
+        if report.prompt_tokens:
+            self._tokens.labels(report.served_model, "prompt").inc(report.prompt_tokens)
+        if report.completion_tokens:
+            self._tokens.labels(report.served_model, "completion").inc(report.completion_tokens)
+        fields = {
+            "request_id": report.request_id,
+            "method": report.method,
+            "tenant": report.tenant,
+            "model": report.model,
+            "outcome": report.outcome,
+            "instance": report.instance,
+            "attempts": report.attempts,
+            "ttft_ms": round(report.ttft_s * 1000, 1),
+            "duration_ms": round(report.duration_s * 1000, 1),
+            "prompt_tokens": report.prompt_tokens,
+            "completion_tokens": report.completion_tokens,
+            "cached_tokens": report.cached_tokens,
+        }
+        if report.record is not None and report.record.waited_s:
+            fields["waited_ms"] = round(report.record.waited_s * 1000, 1)
+        if isinstance(error, MeshError):
+            fields["param"] = error.param
+        log.info("request", **fields)
+
+    def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None:
+        """A request that a front turned away before the forwarder saw it."""
+        self._refused.labels(front, method, error.reason.value).inc()
+        log.info(
+            "refused", front=front, method=method, outcome=error.reason.value, param=error.param, request_id=request_id
+        )
+
+    def retried(self, reason: str) -> None:
+        self._retries.labels(reason).inc()
+
+    def ejected(self, instance: str) -> None:
+        self._ejections.labels(instance).inc()
+
+    def _of(self, report: Report) -> tuple[Counter, Histogram, Histogram]:
+        """The series of a request. A model that nobody serves gets no series of its own: callers choose the names."""
+        model = report.served_model
+        key = (report.method, model, report.instance, report.outcome)
+        found = self._series.get(key)
+        if found is None:
+            three = key[:3]
+            found = (self._requests.labels(*key), self._ttft.labels(*three), self._duration.labels(*three))
+            self._series[key] = found
+        return found
+
+    # -- the process ------------------------------------------------------------------------------------------------
+
+    def exposition(self, accept: str = "") -> tuple[bytes, str]:
+        """The metrics as Prometheus reads them, and their content type."""
+        encoder, content_type = choose_encoder(accept)
+        return encoder(self.registry), content_type
+
+    async def watch_loop(self) -> None:
+        """Measures how long single steps hold the event loop."""
+        loop = asyncio.get_running_loop()
+        window, since = 0.0, loop.time()
+        before = since
+        while True:
+            await asyncio.sleep(LOOP_PERIOD_S)
+            now = loop.time()
+            hold = max(0.0, now - before - LOOP_PERIOD_S)
+            before = now
+            window = max(window, hold)
+            if hold > self.hold_max_s:
+                self.hold_max_s = hold
+                self._hold_max.set(hold)
+            if now - since >= LOOP_WINDOW_S:
+                self._hold.set(window)
+                window, since = 0.0, now
+
+    def close(self) -> None:
+        if self._tracing is not None:
+            self._tracing.close()

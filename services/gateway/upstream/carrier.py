@@ -1,0 +1,106 @@
+"""Carries the router's effects out: wakes those who wait, closes channels, sends probes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable
+
+import structlog
+from grpc_health.v1 import health_pb2
+
+from services.gateway.observe import Observe
+from services.gateway.routing.decision import Close, Dispatch, Effect, Eject, Lease, Probe, Refuse
+from services.gateway.routing.facts import End, Outcome
+from services.gateway.routing.router import Router
+from services.gateway.upstream.channels import Channels
+
+TICK_S = 0.05
+PROBE_TIMEOUT_S = 1.0
+log = structlog.get_logger("mesh")
+
+
+class Carrier:
+    """Everything that moves the router goes through here, so that no effect is lost."""
+
+    def __init__(
+        self, router: Router, channels: Channels, observe: Observe, clock: Callable[[], float], authorization: str = ""
+    ) -> None:
+        self.router = router
+        self.channels = channels
+        self.now = clock
+        self.metadata = (("authorization", authorization),) if authorization else ()
+        self.changed = asyncio.Event()  # replaced at each change of the fleet
+        self._observe = observe
+        self._waiters: dict[int, asyncio.Future[Dispatch | Refuse]] = {}
+        self._probes: set[asyncio.Task[None]] = set()
+
+    def do(self, effects: Iterable[Effect]) -> None:
+        for effect in effects:
+            if isinstance(effect, Dispatch | Refuse):
+                self._wake(effect)
+            elif isinstance(effect, Eject):
+                log.warning("instance takes no more work", instance=effect.instance_id, why=effect.why)
+                self._observe.ejected(effect.instance_id)
+                self.touch()
+            elif isinstance(effect, Probe):
+                self._probe(effect.instance_id)
+            elif isinstance(effect, Close):
+                self.channels.close(effect.instance_id, effect.incarnation)
+                self.touch()
+
+    def touch(self) -> None:
+        """The fleet looks different now."""
+        changed, self.changed = self.changed, asyncio.Event()
+        changed.set()
+
+    def release(self, lease: Lease, outcome: Outcome) -> None:
+        effects = self.router.release(lease, outcome, self.now())
+        if effects:
+            self.do(effects)
+
+    async def wait(self, ticket: int) -> Dispatch | Refuse:
+        """Until the router answers for the ticket. Cancelling gives place and, if it just came, lease back."""
+        waiter: asyncio.Future[Dispatch | Refuse] = asyncio.get_running_loop().create_future()
+        self._waiters[ticket] = waiter
+        try:
+            return await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and isinstance(answer := waiter.result(), Dispatch):
+                self.release(answer.lease, Outcome(End.CANCELLED))
+            self.do(self.router.cancel(ticket, self.now()))
+            raise
+        finally:
+            del self._waiters[ticket]
+
+    async def run(self) -> None:
+        """The router's clock."""
+        while True:
+            await asyncio.sleep(TICK_S)
+            self.do(self.router.tick(self.now()))
+
+    def _wake(self, effect: Dispatch | Refuse) -> None:
+        waiter = self._waiters.get(effect.ticket)
+        if waiter is not None and not waiter.done():
+            waiter.set_result(effect)
+        elif isinstance(effect, Dispatch):  # its caller has just gone
+            self.release(effect.lease, Outcome(End.CANCELLED))
+
+    def _probe(self, id: str) -> None:
+        task = asyncio.create_task(self._ask(id), name=f"probe-{id}")
+        self._probes.add(task)
+        task.add_done_callback(self._probes.discard)
+
+    async def _ask(self, id: str) -> None:
+        instance = self.router.fleet.instances.get(id)
+        if instance is None:
+            return
+        incarnation = instance.endpoint.incarnation
+        line = self.channels.open(instance.endpoint)
+        well = False
+        try:
+            reply = await line.health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
+            well = reply.status == health_pb2.HealthCheckResponse.SERVING
+        except Exception as error:
+            log.info("probe failed", instance=id, error=type(error).__name__)
+        self.do(self.router.probed(id, incarnation, well, self.now()))
+        self.touch()

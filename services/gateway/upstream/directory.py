@@ -1,0 +1,171 @@
+"""From the registry's snapshots to the router's fleet, a Link for each instance, and what fronts may see of it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+
+import grpc.aio
+import structlog
+
+from infermesh.errors import MeshError, Reason, from_rpc
+from infermesh.v1 import worker_pb2 as wk
+from registry.endpoint import Endpoint, Rejected, to_metadata
+from registry.port import Registry, Snapshot
+from services.gateway.routing.decision import Record
+from services.gateway.routing.facts import Facts, Member
+from services.gateway.routing.fleet import Instance
+from services.gateway.upstream.calls import InstanceView, ModelView
+from services.gateway.upstream.carrier import Carrier
+from services.gateway.upstream.link import Link
+
+KINDS = ("llm", "embedding", "rerank")
+WATCH_PAUSE_S = 1.0
+DRAIN_TIMEOUT_S = 5.0
+log = structlog.get_logger("directory")
+Life = tuple[str, int, str]  # id, incarnation, address
+
+
+class Directory:
+    def __init__(self, carrier: Carrier, gateway_id: str, weights: Mapping[str, float] | None = None) -> None:
+        self._carrier = carrier
+        self._gateway_id = gateway_id
+        self._weights = dict(weights or {})
+        self._links: dict[Life, tuple[Link, asyncio.Task[None]]] = {}
+        self._snapshot = Snapshot(stale=True)
+        self._created: dict[tuple[str, str], int] = {}
+
+    async def watch(self, registry: Registry) -> None:
+        """Follows the registry for ever."""
+        while True:
+            try:
+                async for snapshot in registry.watch(KINDS):
+                    self.apply(snapshot)
+            except Exception as error:
+                log.error("the registry's watch broke; starting it again", error=str(error))
+            await asyncio.sleep(WATCH_PAUSE_S)
+
+    def apply(self, snapshot: Snapshot) -> None:
+        """Takes in the whole directory. Unchanged lives keep channel, Link and statistics."""
+        carrier = self._carrier
+        if snapshot.stale and not self._snapshot.stale:
+            log.warning("the registry is out of reach; going on with the last known instances")
+        self._snapshot = snapshot
+        members = [Member(entry.endpoint, entry.passing) for entry in snapshot.entries if entry.endpoint.kind in KINDS]
+        carrier.do(carrier.router.update(members, carrier.now(), young=snapshot.young, stale=snapshot.stale))
+        self.tend()
+        carrier.touch()
+
+    async def run(self) -> None:
+        """Keeps Links in step with the fleet, whoever changed it."""
+        while True:
+            changed = self._carrier.changed
+            self.tend()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(changed.wait(), 1.0)
+
+    def tend(self) -> None:
+        """One Link for each instance, none for those that have gone."""
+        fleet = self._carrier.router.fleet
+        wanted: dict[Life, Endpoint] = {
+            (e.id, e.incarnation, e.address): e for e in (instance.endpoint for instance in fleet.instances.values())
+        }
+        for life in [life for life in self._links if life not in wanted]:
+            self._links.pop(life)[1].cancel()
+        now = int(time.time())
+        for life, endpoint in wanted.items():
+            self._created.setdefault((endpoint.kind, endpoint.model), now)
+            if life not in self._links:
+                link = Link(self._carrier, endpoint, self._gateway_id)
+                self._links[life] = (link, asyncio.create_task(link.run(), name=f"link-{endpoint.id}"))
+
+    async def close(self) -> None:
+        tasks = [task for _, task in self._links.values()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._links.clear()
+
+    # -- what fronts see --------------------------------------------------------------------------------------------
+
+    @property
+    def stale(self) -> bool:
+        return self._snapshot.stale
+
+    def models(self) -> list[ModelView]:
+        found: dict[tuple[str, str], tuple[set[str], int]] = {}
+        for instance in self._carrier.router.fleet.instances.values():
+            endpoint = instance.endpoint
+            aliases, context = found.get((endpoint.kind, endpoint.model), (set(), 0))
+            found[endpoint.kind, endpoint.model] = (
+                aliases | set(endpoint.aliases),
+                max(context, endpoint.capacity.context_max),
+            )
+        return [
+            ModelView(model, kind, tuple(sorted(aliases)), context, self._created.get((kind, model), 0))
+            for (kind, model), (aliases, context) in sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
+        ]
+
+    def instances(self) -> list[InstanceView]:
+        views = [self._view(instance) for instance in self._carrier.router.fleet.instances.values()]
+        known = {view.id for view in views}
+        views += [_rejected(line) for line in self._snapshot.rejected if line.id not in known and line.kind in KINDS]
+        return sorted(views, key=lambda view: view.id)
+
+    async def changed(self) -> None:
+        """Until the fleet looks different."""
+        await self._carrier.changed.wait()
+
+    def explain(self, facts: Facts) -> Record:
+        """Where the request would go now. Reserves nothing."""
+        return self._carrier.router.explain(facts, self._carrier.now())
+
+    async def drain(self, instance_id: str, grace_ms: int | None, reason: str) -> int:
+        """Tells an instance to leave. Returns how many requests it still finishes.
+
+        Raises:
+            MeshError: NOT_FOUND; or the instance's own refusal.
+        """
+        instance = self._carrier.router.fleet.instances.get(instance_id)
+        if instance is None:
+            raise MeshError(Reason.NOT_FOUND, f"no instance {instance_id!r}; `infermesh instances` lists them")
+        line = self._carrier.channels.open(instance.endpoint)
+        request = wk.DrainRequest(instance_id=instance_id, grace_ms=grace_ms, reason=reason)
+        try:
+            reply = await line.worker.Drain(request, metadata=self._carrier.metadata, timeout=DRAIN_TIMEOUT_S)
+        except grpc.aio.AioRpcError as error:
+            raise from_rpc(error) from None
+        return reply.running
+
+    def _view(self, instance: Instance) -> InstanceView:
+        endpoint, report = instance.endpoint, instance.ledger.report
+        link = self._links.get((endpoint.id, endpoint.incarnation, endpoint.address))
+        wrong = link[0].wrong if link else ""
+        speed = {key: value for key, value in dataclasses.asdict(endpoint.speed).items() if value is not None}
+        return InstanceView(
+            id=endpoint.id,
+            kind=endpoint.kind,
+            model=endpoint.model,
+            address=endpoint.address,
+            state="rejected" if wrong else instance.state.value,
+            tier=endpoint.tier,
+            device=endpoint.hardware.device,
+            running=report.running if report else None,
+            waiting=report.waiting if report else None,
+            kv_used_ratio=report.kv_used_ratio if report else None,
+            speed=speed,
+            weight=endpoint.weight * self._weights.get(endpoint.id, 1.0),
+            rejected_reason=wrong,
+            incarnation=endpoint.incarnation,
+            in_flight=len(instance.ledger.entries),
+            metadata=to_metadata(endpoint),
+        )
+
+
+def _rejected(line: Rejected) -> InstanceView:
+    return InstanceView(
+        id=line.id, kind=line.kind, model="", address=line.address, state="rejected", rejected_reason=line.reason
+    )

@@ -1,0 +1,133 @@
+"""The gateway's end of WorkerService.Link: one long stream to each instance, made again whenever it breaks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+import grpc.aio
+import structlog
+
+import infermesh
+from infermesh.v1 import worker_pb2 as wk
+from registry.endpoint import Endpoint
+from services.gateway.routing.facts import LoadReport
+from services.gateway.upstream.carrier import Carrier
+
+FIRST_PAUSE_S = 0.1
+LONGEST_PAUSE_S = 1.0
+HELLO_TIMEOUT_S = 3.0
+log = structlog.get_logger("link")
+
+
+class WrongPeer(Exception):
+    """Somebody else answers at the address of an instance."""
+
+
+class Link:
+    """Runs until cancelled, or until the instance says goodbye. `wrong` tells who answered instead, if anybody."""
+
+    def __init__(self, carrier: Carrier, endpoint: Endpoint, gateway_id: str) -> None:
+        self.address = endpoint.address
+        self.wrong = ""
+        self._carrier = carrier
+        self._endpoint = endpoint
+        self._gateway_id = gateway_id
+
+    async def run(self) -> None:
+        pause = FIRST_PAUSE_S
+        carrier, id, incarnation = self._carrier, self._endpoint.id, self._endpoint.incarnation
+        while True:
+            why = "the instance ended its Link"
+            try:
+                async with aclosing(self._frames()) as frames:
+                    async for frame in frames:
+                        pause = FIRST_PAUSE_S
+                        if not self._hear(frame):
+                            return
+            except WrongPeer as error:
+                self.wrong = why = str(error)
+                pause = LONGEST_PAUSE_S
+                log.warning("wrong instance", instance=id, why=why)
+            except grpc.aio.AioRpcError as error:
+                why = f"{error.code().name}: {error.details()}"
+            except TimeoutError:
+                why = f"no hello within {HELLO_TIMEOUT_S:g} s"
+            except asyncio.CancelledError:
+                if _we_were_cancelled():
+                    raise
+                why = "the channel was closed"
+            except Exception as error:
+                why = f"unexpected: {type(error).__name__}"
+                log.error("link failed", instance=id, exc_info=error)
+            carrier.do(carrier.router.unlinked(id, incarnation, why, carrier.now()))
+            carrier.touch()
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    async def _frames(self) -> AsyncGenerator[wk.LinkResponse, None]:
+        """Frames after a hello that was right."""
+        line = self._carrier.channels.open(self._endpoint)
+        call: Any = line.worker.Link(metadata=self._carrier.metadata)
+        try:
+            hello = wk.GatewayHello(gateway_id=self._gateway_id, version=infermesh.__version__)
+            await call.write(wk.LinkRequest(hello=hello))
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await call.read()
+            if first is grpc.aio.EOF:
+                return
+            self._meet(first)
+            while (frame := await call.read()) is not grpc.aio.EOF:
+                yield frame
+        finally:
+            call.cancel()
+
+    def _meet(self, frame: wk.LinkResponse) -> None:
+        hello = frame.hello
+        mine = (self._endpoint.id, self._endpoint.incarnation)
+        if (hello.instance_id, hello.incarnation) != mine:
+            raise WrongPeer(
+                f"{self.address} is answered by {hello.instance_id or 'somebody'} in life {hello.incarnation:016x}, "
+                f"registered is {mine[0]} in life {mine[1]:016x}"
+            )
+        self.wrong = ""
+        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now()))
+        self._carrier.touch()
+
+    def _hear(self, frame: wk.LinkResponse) -> bool:
+        """Takes a frame in. False after a goodbye. Frames of later versions are ignored."""
+        carrier, id, incarnation = self._carrier, self._endpoint.id, self._endpoint.incarnation
+        which = frame.WhichOneof("frame")
+        if which == "load":
+            carrier.do(carrier.router.report(id, incarnation, load_report(frame.load), carrier.now()))
+        elif which == "draining":
+            carrier.do(carrier.router.draining(id, incarnation, carrier.now()))
+        elif which == "goodbye":
+            carrier.do(carrier.router.goodbye(id, incarnation, carrier.now()))
+            return False
+        return True
+
+
+def _we_were_cancelled() -> bool:
+    """grpc raises CancelledError also when a channel closes under a call."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
+def load_report(load: wk.Load) -> LoadReport:
+    def known(name: str) -> int | None:
+        return getattr(load, name) if load.HasField(name) else None  # type: ignore[arg-type]
+
+    return LoadReport(
+        running=known("running"),
+        waiting=known("waiting"),
+        queued_tokens=known("queued_tokens"),
+        kv_used_ratio=known("kv_used_ratio"),
+        resident_tokens=known("resident_tokens"),
+        steps=known("steps"),
+        seen_seq=load.seen_seq,
+        own_running=load.own_running,
+        own_queued_tokens=load.own_queued_tokens,
+    )
