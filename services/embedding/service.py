@@ -26,7 +26,6 @@ from services.embedding.vectors import check_dimensions, chunk_rows, finish
 
 SERVICE = "infermesh.v1.EmbeddingService"
 IN_FLIGHT = 8  # batches of one stream
-ROOM_PAUSE_S = 0.02  # between two looks of a stream's batch at a full queue
 CUTS = {
     em.TRUNCATION_UNSPECIFIED: Cut.END,
     em.TRUNCATION_NONE: Cut.NONE,
@@ -128,18 +127,8 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
         tokens = sum(map(len, rows))
         unit = request.normalize if request.HasField("normalize") else facts.normalizes
         with self._arrivals.enter(relay, tokens) as entry:
-            while True:
-                while patient and not self._engine.has_room:
-                    await asyncio.sleep(ROOM_PAUSE_S)
-                try:
-                    values = await self._engine.run(
-                        rows, bulk=bulk, priority=request.hints.priority, started=entry.started
-                    )
-                    break
-                except MeshError as error:
-                    if not patient or error.reason is not Reason.INSTANCE_FULL:
-                        raise
-                    await asyncio.sleep(ROOM_PAUSE_S)
+            run = self._engine.run_patiently if patient else self._engine.run
+            values = await run(rows, bulk=bulk, priority=request.hints.priority, started=entry.started)
             vectors: list[Vector] = []
             step = chunk_rows(facts.columns)
             for start in range(0, len(values), step):

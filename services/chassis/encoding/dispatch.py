@@ -48,6 +48,7 @@ class Dispatcher:
         self._again: deque[Batch] = deque()
         self._carriers: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._changed = asyncio.Event()
 
     def attach(self, pool: ReplicaPool) -> None:
         self._pool = pool
@@ -92,6 +93,15 @@ class Dispatcher:
         finally:
             del self._owners[key]
             self.batcher.drop(key)
+            self._tell()
+
+    async def change(self) -> None:
+        """Returns when the queue has become shorter."""
+        await self._changed.wait()
+
+    def _tell(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
     def wake(self) -> None:
         """Sends what is due to replicas that are free. Called whenever either may have changed."""
@@ -112,7 +122,7 @@ class Dispatcher:
         for item in batch.items:
             if (owner := self._owners.get(item.owner)) is None:
                 continue
-            rows.append(owner.rows[item.index])
+            rows.append(owner.rows[item.place])
             if not owner.running:
                 owner.running = True
                 owner.started()
@@ -151,7 +161,7 @@ class Dispatcher:
                 continue
             if owner.out is None:
                 owner.out = np.empty((len(owner.rows), result.shape[1]), np.float32)
-            owner.out[item.index] = values
+            owner.out[item.place] = values
             owner.missing -= 1
             if not owner.missing:
                 owner.result.set_result(owner.out)

@@ -114,9 +114,22 @@ class EncodingEngine:
         """See `Dispatcher.run`."""
         return await self.dispatcher.run(rows, bulk=bulk, priority=priority, started=started)
 
+    async def run_patiently(
+        self, rows: Sequence[Row], *, bulk: bool = False, priority: int = 0, started: Callable[[], None] = lambda: None
+    ) -> Floats:
+        """The same for work that can wait: never INSTANCE_FULL."""
+        while True:
+            if self._has_room:
+                try:
+                    return await self.run(rows, bulk=bulk, priority=priority, started=started)
+                except MeshError as error:
+                    if error.reason is not Reason.INSTANCE_FULL:
+                        raise
+            await self.dispatcher.change()
+
     @property
-    def has_room(self) -> bool:
-        """Bulk work keeps away from the upper half of the queue, which is left to online requests."""
+    def _has_room(self) -> bool:
+        """Patient work keeps away from the upper half of the queue, which is left to those who cannot wait."""
         batcher = self.dispatcher.batcher
         return 2 * batcher.tokens < batcher.limits.queue_tokens and 2 * len(batcher) < batcher.limits.queue_rows
 

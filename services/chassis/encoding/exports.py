@@ -2,8 +2,8 @@
 
 `auto` means: on a GPU torch; on a CPU openvino at fp32, if it is installed, can export the model, and its results
 differ from torch's by at most MAX_DIFFERENCE on the sample below, measured at export and kept beside it; else torch.
-(OpenVINO's own default, bf16 where the CPU has it, differs by 1e-3.) Exports never go into the model's folder, which may
-be read-only or shared.
+(OpenVINO's own default, bf16 where the CPU has it, differs by 1e-3.) Exports never go into the model's folder, which
+may be read-only or shared.
 """
 
 from __future__ import annotations

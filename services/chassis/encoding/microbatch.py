@@ -7,8 +7,9 @@ in order of a virtual time, which is all there is to fairness:
           + BULK_DELAY if bulk - PRIORITY_STEP x priority
 
 so a single query goes before the tail of a large request, online goes before bulk, and nothing waits for ever. The
-first row in that order is in every batch; a batch led by an online row takes no bulk row. An idle machine waits for nothing;
-a small batch is held back up to `wait_s` only while other work runs. Free replicas share what is queued by its tokens.
+first row in that order is in every batch; a batch led by an online row takes no bulk row. An idle machine waits for
+nothing; a small batch is held back up to `wait_s` only while other work runs. Free replicas share what is queued by its
+tokens.
 """
 
 from __future__ import annotations
