@@ -1,0 +1,104 @@
+"""The HTTP server: uvicorn with httptools in the gateway's own loop, guarded, without signals, logs and lifespan."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+
+from services.gateway.config import Limits
+from services.gateway.front.http_guard import GuardedProtocol, Patience
+
+KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop an idle connection: they must be first
+BACKLOG = 1024
+CONNECTIONS_A_REQUEST = 2  # idle connections of pools stand beside the busy ones
+
+
+class HttpServer(uvicorn.Server):
+    """`await serve()` until `should_exit`; `port` is known from the beginning."""
+
+    def __init__(self, config: uvicorn.Config, listener: socket.socket) -> None:
+        super().__init__(config)
+        self._listener = listener
+        self._ready = asyncio.Event()
+        self.port: int = listener.getsockname()[1]
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().serve(sockets=sockets or [self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets=sockets)
+        self._ready.set()
+
+    async def ready(self) -> None:
+        """Returns when connections are accepted."""
+        await self._ready.wait()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are the process's business: uvicorn would raise them a second time after a drain."""
+        yield
+
+    def stop(self, grace_s: float) -> None:
+        """Closes the listener, lets requests under way finish for `grace_s`, then ends them."""
+        self.config.timeout_graceful_shutdown = max(0, round(grace_s))
+        self.should_exit = True
+
+    def close(self) -> None:
+        """For a server that was never served."""
+        self._listener.close()
+
+
+def build_http_server(
+    app: Any,
+    host: str,
+    port: int,
+    limits: Limits,
+    *,
+    reuse_port: bool = False,
+    patience: Patience | None = None,
+    keep_alive_s: float = KEEP_ALIVE_S,
+) -> HttpServer:
+    """Binds at once.
+
+    Raises:
+        OSError: the address cannot be bound; its text names the address.
+    """
+    guard = patience or Patience(connections=limits.max_concurrent * CONNECTIONS_A_REQUEST)
+    protocol = type("Protocol", (GuardedProtocol,), {"patience": guard})
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        http=protocol,
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        access_log=False,
+        log_config=None,
+        log_level="error",  # a stranger's malformed request is no news
+        server_header=False,
+        proxy_headers=False,
+        timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]  # used as a delay, floats are fine
+        backlog=BACKLOG,
+    )
+    return HttpServer(config, _listen(host, port, reuse_port))
+
+
+def _listen(host: str, port: int, reuse_port: bool) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if reuse_port:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind((host, port))
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
