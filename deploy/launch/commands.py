@@ -1,0 +1,195 @@
+"""From a fleet to the commands that start it. Pure: what is on this host comes in as an argument."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from deploy.fleet import Fault, Fleet, Instance, Model
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # ours -> vLLM's
+# Of our own variables a child inherits only these: an INFERMESH_LISTEN meant for one must not reach all of them.
+INHERITED = ("INFERMESH_OFFLINE", "INFERMESH_DEBUG", "INFERMESH_ACCELERATOR")
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """This host: its interpreters by kind, its visible GPUs, and the environment of `up`. `llm` is empty where vLLM is
+    not installed.
+    """
+
+    python: str
+    llm: str
+    gpus: int
+    environ: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all children are told alike. Empty = not told."""
+
+    registry: str
+    keys: str = ""
+    operator_key_file: str = ""
+    insecure: bool = False
+    grace_s: float = 10.0
+    log_level: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A child's command line. `files` are written before it starts."""
+
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    files: Mapping[Path, str] = field(default_factory=dict)
+
+
+def of_this_host(fleet: Fleet, node: str) -> tuple[Instance, ...]:
+    """The instances to start here: those of `node`, or all of them where the file names one node at most.
+
+    Raises:
+        ValueError: it cannot be told which.
+    """
+    names = [item.name for item in fleet.nodes]
+    if not node:
+        if len(names) > 1:
+            raise ValueError(f"the fleet has several nodes; say which one this host is: --node {' | '.join(names)}")
+        return fleet.instances
+    if node not in names:
+        raise ValueError(f"--node {node!r} is not in the fleet; it has {', '.join(names) or 'no nodes'}")
+    return tuple(item for item in fleet.instances if item.node == node)
+
+
+def start_faults(fleet: Fleet) -> Iterator[Fault]:
+    """What the schema allows and the engines of this version do not take."""
+    if not fleet.instances:
+        yield Fault("instances", "none is given; placing models by itself comes with `infermesh plan`")
+    for index, instance in enumerate(fleet.instances):
+        model, engine, at = fleet.model(instance.model), fleet.engine_of(instance), f"instances[{index}]"
+        where = f"models[{fleet.models.index(model)}]"
+        if engine == "vllm" and model.dtype in ("int8", "int4") and not instance.quantization:
+            yield Fault(f"{at}.quantization", f"dtype {model.dtype} needs it: awq, gptq … as the weights are")
+        if engine == "sentence-transformers":
+            if model.dtype not in ("auto", *DTYPES):
+                yield Fault(f"{where}.dtype", f"{engine} takes auto, {', '.join(DTYPES)}")
+            for key in ("context", "kv_tokens"):
+                if getattr(instance, key) is not None:
+                    yield Fault(f"{at}.{key}", "is for LLMs")
+        if engine in ("scripted", "openai-http"):
+            for key in ("dtype", "revision", "chat_template", "prompt_template", "tool_parser", "reasoning_parser"):
+                if getattr(model, key) != Model.model_fields[key].get_default():
+                    yield Fault(f"{where}.{key}", f"engine {engine} of {instance.id} does not take it")
+
+
+def gateway_command(host: Host, shared: Shared, *, grpc: str, http: str, ready_file: Path) -> Command:
+    argv = [host.python, "-P", "-m", "infermesh.cli", "gateway", "--grpc", grpc, "--http", http]
+    argv += [*_shared(shared), "--ready-file", str(ready_file)]
+    return Command(tuple(argv), _environ(host))
+
+
+def instance_command(fleet: Fleet, instance: Instance, host: Host, shared: Shared, ready_file: Path) -> Command:
+    """One instance's command.
+
+    Raises:
+        ValueError: its interpreter is not there.
+    """
+    model, engine = fleet.model(instance.model), fleet.engine_of(instance)
+    python = instance.python or (host.llm if engine == "vllm" else host.python)
+    if not python:
+        raise ValueError(
+            f"{instance.id}: vLLM is not installed; run `make setup`, or name an interpreter with `python:`"
+        )
+    files: dict[Path, str] = {}
+    options: dict[str, object] = {
+        "instance-id": instance.id,
+        "model": model.id,
+        "listen": instance.listen,
+        "advertise": instance.advertise,
+        "tier": instance.tier,
+        "weight": instance.weight,
+        "zone": next((node.zone for node in fleet.nodes if node.name == instance.node), ""),
+        "device": next((node.device for node in fleet.nodes if node.name == instance.node), ""),
+        "max-running": instance.max_running,
+        "alias": model.aliases,
+    }
+    for key, value in (instance.speed.model_dump() if instance.speed else {}).items():
+        options[key.replace("_", "-")] = value
+    if model.kind == "llm":
+        options |= _llm(model, instance, engine, host, ready_file, files)
+    else:
+        options |= _encoder(model, instance)
+    argv = [python, "-P", "-m", "infermesh.cli", model.kind]
+    for name, value in options.items():
+        for item in value if isinstance(value, tuple) else (value,):
+            if item not in (None, ""):
+                argv += [f"--{name}", str(item)]
+    argv += [*_shared(shared), "--ready-file", str(ready_file)]
+    cards = ",".join(map(str, instance.cards))
+    visible = {"CUDA_VISIBLE_DEVICES": cards} if engine == "vllm" and cards else {}
+    return Command(tuple(argv), {**_environ(host), **visible, **instance.environment}, files)
+
+
+def _llm(
+    model: Model, instance: Instance, engine: str, host: Host, ready_file: Path, files: dict[Path, str]
+) -> dict[str, object]:
+    low, high = instance.context or (None, None)
+    options: dict[str, object] = {
+        "engine": engine,
+        "source": instance.url or model.source if engine == "openai-http" else model.source,
+        "context": None if low is None else f"{low}-{high}",
+        "max-context": model.max_context or None,
+        "kv-tokens": instance.kv_tokens,
+    }
+    if engine == "openai-http":
+        return {**options, "upstream-model": instance.upstream_model, "api-key-file": instance.api_key_file}
+    if engine == "scripted":
+        return {**options, "source": None}
+    if model.prompt_template:
+        path = ready_file.with_suffix(".prompt.json")
+        files[path] = json.dumps(model.prompt_template.model_dump())
+        options["prompt-template"] = str(path)
+    arguments = ({"revision": model.revision} if model.revision else {}) | instance.engine_args
+    return {
+        **options,
+        "tp": instance.tp or len(instance.cards) // instance.pp or max(1, host.gpus // instance.pp),
+        "pp": instance.pp,
+        "vram-ratio": instance.vram_ratio,
+        "kv-cache-dtype": instance.kv_cache_dtype,
+        "quantization": instance.quantization or ("fp8" if model.dtype == "fp8" else ""),
+        "dtype": DTYPES.get(model.dtype),
+        "chat-template": model.chat_template,
+        "tool-parser": model.tool_parser,
+        "reasoning-parser": model.reasoning_parser,
+        "engine-arg": tuple(f"{name}={json.dumps(value)}" for name, value in arguments.items()),
+    }
+
+
+def _encoder(model: Model, instance: Instance) -> dict[str, object]:
+    return {
+        "source": model.source,
+        "revision": model.revision,
+        "devices": ",".join(f"cuda:{card}" for card in instance.cards),
+        "replicas": instance.replicas,
+        "backend": instance.backend,
+        "dtype": model.dtype,
+        "max-tokens": model.max_context or None,
+        "scorer": model.scorer if model.kind == "rerank" else None,
+    }
+
+
+def _shared(shared: Shared) -> list[str]:
+    argv = ["--registry", shared.registry, "--grace-s", f"{shared.grace_s:g}"]
+    if shared.log_level:
+        argv += ["--log-level", shared.log_level]
+    if shared.keys:
+        argv += ["--keys", shared.keys]
+    if shared.operator_key_file:
+        argv += ["--operator-key-file", shared.operator_key_file]
+    return [*argv, "--insecure"] if shared.insecure else argv
+
+
+def _environ(host: Host) -> dict[str, str]:
+    return {key: value for key, value in host.environ.items() if not key.startswith("INFERMESH_") or key in INHERITED}

@@ -1,0 +1,53 @@
+"""What every client verb shares: the options that find the gateway and let the caller in, and the client itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infermesh.cli import BAD_USAGE, Failure
+
+if TYPE_CHECKING:
+    from infermesh.client import Client
+
+Gateway = Annotated[str, typer.Option("--gateway", metavar="HOST:PORT[,…]", help="Gateways, or one instance.")]
+ApiKeyFile = Annotated[
+    Path | None, typer.Option("--api-key-file", help="File with the API key (or the key itself in INFERMESH_API_KEY).")
+]
+Timeout = Annotated[float, typer.Option("--timeout", help="Seconds for the whole call.", min=0.001)]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Model = Annotated[str, typer.Option("--model", "-m", help="Model id; default: the only one of its kind.")]
+DEFAULT_GATEWAY = "127.0.0.1:50050"
+
+
+def client(gateway: str, api_key_file: Path | None, timeout: float) -> Client:
+    from infermesh.client import Client
+
+    try:
+        return Client(gateway, api_key=api_key(api_key_file), timeout=timeout)
+    except ValueError as error:
+        raise Failure(f"--gateway: {error}", BAD_USAGE) from None
+
+
+def api_key(file: Path | None) -> str:
+    if file is None:
+        return os.environ.get("INFERMESH_API_KEY", "")
+    try:
+        return file.read_text().strip()
+    except OSError as error:
+        raise Failure(f"--api-key-file {file}: {error.strerror}", BAD_USAGE) from None
+
+
+def only_model(mesh: Client, kind: str, model: str) -> str:
+    """The model asked for, or the only one of its kind that is there."""
+    if model:
+        return model
+    found = sorted({instance.model for instance in mesh.instances(kind=kind) if instance.state != "rejected"})
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise Failure(f"no {kind} model is registered; `infermesh instances` lists what is there")
+    raise Failure(f"say which model with --model: {', '.join(found)}", BAD_USAGE)

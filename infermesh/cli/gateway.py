@@ -1,0 +1,76 @@
+"""`infermesh gateway`: one gateway in the foreground."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+LIMITS = ("max_body_bytes", "default_deadline_s", "max_streams", "max_concurrent")
+QUEUE = {"queue_requests": "max_requests", "queue_tokens": "max_tokens", "queue_wait_s": "max_wait_s"}
+
+
+def command(
+    grpc: Annotated[str | None, typer.Option(help="HOST:PORT for gRPC; 127.0.0.1:50050 unless told.")] = None,
+    http: Annotated[str | None, typer.Option(help="HOST:PORT for REST; 127.0.0.1:8000 unless told.")] = None,
+    registry: Annotated[str | None, typer.Option(help="mesh://H:P[,H:P] or consul://H:P.")] = None,
+    id: Annotated[str | None, typer.Option(help="Its id in the mesh.")] = None,
+    advertise: Annotated[str | None, typer.Option(help="HOST:PORT that others dial.")] = None,
+    keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
+    operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key, shown to instances.")] = None,
+    insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
+    salt_file: Annotated[Path | None, typer.Option(help="The mesh's secret for cache salts.")] = None,
+    instance_weight: Annotated[
+        list[str] | None, typer.Option(help="ID=FACTOR on an instance's share; may be repeated.")
+    ] = None,
+    time_granularity_s: Annotated[int | None, typer.Option(help="Prompts see the time rounded down to this.")] = None,
+    max_body_bytes: Annotated[int | None, typer.Option(help="Largest request.")] = None,
+    default_deadline_s: Annotated[float | None, typer.Option(help="For requests that bring none.")] = None,
+    max_streams: Annotated[int | None, typer.Option(help="Concurrent calls of one gRPC connection.")] = None,
+    max_concurrent: Annotated[int | None, typer.Option(help="Requests in this process.")] = None,
+    queue_requests: Annotated[int | None, typer.Option(help="Requests that may wait for a model.")] = None,
+    queue_tokens: Annotated[int | None, typer.Option(help="Tokens that may wait for a model.")] = None,
+    queue_wait_s: Annotated[float | None, typer.Option(help="Seconds that a request may wait.")] = None,
+    otlp: Annotated[str | None, typer.Option(help="OTLP/gRPC endpoint for spans; none unless told.")] = None,
+    channelz: Annotated[bool | None, typer.Option("--channelz", help="Serve channelz.")] = None,
+    grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,
+    ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,
+    log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+) -> int:
+    """Run one gateway: gRPC and REST in front of whatever the registry lists.
+
+    Examples:
+        infermesh gateway --registry consul://10.0.0.5:8500
+        infermesh gateway --registry mesh://10.0.0.5:50049 --grpc 0.0.0.0:50050 --http 0.0.0.0:8000 --keys keys.yaml
+    """
+    settings = settings_of({name: value for name, value in locals().items() if value is not None})
+    import asyncio
+
+    from services.gateway.app import run
+
+    return asyncio.run(run(settings))
+
+
+def settings_of(given: dict[str, Any]) -> Any:
+    """Settings from the options that were given.
+
+    Raises:
+        ValueError: all faults at once, a line each.
+    """
+    from services.gateway.config import gateway_settings
+
+    values = dict(given)
+    limits = {name: values.pop(name) for name in LIMITS if name in values}
+    queue = {theirs: values.pop(ours) for ours, theirs in QUEUE.items() if ours in values}
+    weights = dict(map(_weight, values.pop("instance_weight", ())))
+    parts = {"limits": limits, "queue": queue, "weights": weights}
+    return gateway_settings(**values, **{name: part for name, part in parts.items() if part})
+
+
+def _weight(text: str) -> tuple[str, float]:
+    id, equals, factor = text.partition("=")
+    try:
+        return id, float(factor if id and equals else "")
+    except ValueError:
+        raise ValueError(f"instance-weight: {text!r} is not ID=FACTOR, e.g. a800-1=2") from None

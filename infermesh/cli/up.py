@@ -1,0 +1,122 @@
+"""`infermesh up`: registry, gateway and instances as processes on this host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from infermesh.cli import BAD_USAGE, Failure
+
+if TYPE_CHECKING:
+    from deploy.fleet import Fleet
+    from deploy.launch.commands import Host
+
+
+def command(
+    fleet: Annotated[Path | None, typer.Option(help="fleet.yaml; without it: a small default fleet.")] = None,
+    node: Annotated[str, typer.Option(help="Which of the fleet's nodes this host is.")] = "",
+    adopt: Annotated[str, typer.Option(metavar="URL[,URL…]", help="Put running OpenAI-speaking servers behind.")] = "",
+    adopt_key_file: Annotated[str, typer.Option(help="API key of the adopted servers.")] = "",
+    llm_source: Annotated[str, typer.Option(help="Default fleet: the LLM, a folder or a hub name.")] = "",
+    registry: Annotated[str, typer.Option(help="consul://H:P or mesh://H:P; default: hosted here.")] = "",
+    grpc: Annotated[str, typer.Option(help="The gateway's gRPC address; 127.0.0.1:50050 unless told.")] = "",
+    http: Annotated[str, typer.Option(help="The gateway's REST address; 127.0.0.1:8000 unless told.")] = "",
+    port: Annotated[int, typer.Option("--port", "-p", help="The port of the REST address.", min=0, max=65535)] = 0,
+    keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
+    operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key; needed with --keys.")] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = False,
+    grace_s: Annotated[float, typer.Option(help="Seconds to finish what is running when stopped.", min=0)] = 10,
+) -> int:
+    """Run a whole mesh on this machine and keep it running: what dies is started again. Ctrl-C stops all of it.
+
+    Without a fleet file: an embedding and a rerank instance, and an LLM (a small real one where a model hub can be
+    reached, else a generated one whose text is noise).
+
+    Examples:
+        infermesh up
+        infermesh up --llm-source Qwen/Qwen2.5-7B-Instruct
+        infermesh up --fleet fleet.yaml -p 8080
+        infermesh up --adopt http://127.0.0.1:11434,http://127.0.0.1:8001
+        infermesh up --fleet fleet.yaml --node a800-1 --registry consul://10.0.0.5:8500
+    """
+    import asyncio
+
+    from deploy.launch.commands import Shared
+    from deploy.launch.host import this_host
+    from deploy.launch.mesh import Where, run_mesh
+    from infermesh.cli.registry import hosted_registry
+    from services.chassis.keys import load_keys
+
+    if sum(map(bool, (fleet, adopt, llm_source))) > 1:
+        raise Failure("--fleet, --adopt and --llm-source exclude each other", BAD_USAGE)
+    host = this_host()
+    notes: tuple[str, ...] = ()
+    if fleet:
+        plan = _from_file(fleet)
+    elif adopt:
+        plan = _adopted(adopt, adopt_key_file)
+    else:
+        plan, notes = _default(host, llm_source)
+    ours = plan.gateway
+    rest = http or ours.http
+    where = Where(
+        grpc=grpc or ours.grpc,
+        http=f"{rest.rpartition(':')[0]}:{port}" if port else rest,
+        registry=registry or plan.registry,
+        node=node,
+    )
+    shared = Shared(
+        registry="",
+        keys=str(keys or ours.keys),
+        operator_key_file=str(operator_key_file or ours.operator_key_file),
+        insecure=insecure or ours.insecure,
+        grace_s=grace_s,
+    )
+    if shared.keys and not shared.operator_key_file:
+        raise Failure("with --keys the mesh needs --operator-key-file too: its processes show that key", BAD_USAGE)
+    opened = load_keys(Path(shared.keys) if shared.keys else None)
+    return asyncio.run(run_mesh(plan, host, shared, where, notes, lambda: hosted_registry("127.0.0.1:0", opened)))
+
+
+def _from_file(path: Path) -> Fleet:
+    from deploy.fleet import parse_fleet
+
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"--fleet {path}: {getattr(error, 'strerror', None) or error}", BAD_USAGE) from None
+    return parse_fleet(text, str(path))
+
+
+def _adopted(urls: str, key_file: str) -> Fleet:
+    from deploy.launch.adopt import adopted_fleet, probe
+    from infermesh.cli.connect import api_key
+
+    secret = api_key(Path(key_file)) if key_file else ""
+    return adopted_fleet(
+        [url.strip() for url in urls.split(",") if url.strip()], key_file, lambda url: probe(url, secret)
+    )
+
+
+def _default(host: Host, llm_source: str) -> tuple[Fleet, tuple[str, ...]]:
+    from deploy.launch import defaults
+    from deploy.launch.host import cached, hub_fault
+    from deploy.launch.run_file import MODELS
+    from services.chassis.encoding.settings import find_source
+
+    tiny = MODELS / "tiny-noise"
+    llm = defaults.choose_llm(host, llm_source, hub_fault, cached, tiny)
+    notes = (
+        llm.notes if llm else ("no LLM: vLLM is not installed here; run `make setup`, or `infermesh up --adopt URL`",)
+    )
+    if llm and llm.model == defaults.TINY_MODEL:
+        defaults.make_tiny_model(host.llm, tiny)
+    try:
+        encoder = find_source("")
+    except ValueError as error:
+        encoder, notes = "", (*notes, f"no embedding and no rerank: {error}")
+    if not llm and not encoder:
+        raise Failure("nothing can be started here: run `make setup`, or name running servers with --adopt", BAD_USAGE)
+    return defaults.default_fleet(llm, encoder, gpu=host.gpus > 0), notes
