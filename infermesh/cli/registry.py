@@ -21,6 +21,7 @@ def command(
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:50049",
     keys: Annotated[Path | None, typer.Option(help="keys.yaml; then Register needs the operator's key.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = False,
+    ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
 ) -> None:
     """Run the embedded registry, for a small mesh without Consul. One process a mesh hosts it; `up` does so itself.
@@ -35,18 +36,22 @@ def command(
     from services.chassis.logs import configure_logs
 
     configure_logs(log_level, kind="registry")
-    asyncio.run(_serve(listen, load_keys(keys), insecure))
+    asyncio.run(_serve(listen, load_keys(keys), insecure, ready_file))
 
 
-async def _serve(listen: str, keys: Keys, insecure: bool) -> None:
+async def _serve(listen: str, keys: Keys, insecure: bool, ready_file: Path | None) -> None:
+    import os
+
     import structlog
 
+    from services.chassis.ready import tell_ready
     from services.chassis.signals import Stop
 
     stop = Stop()
     stop.listen()
     async with hosted_registry(listen, keys, insecure=insecure) as address:
         structlog.get_logger("registry").info("serving", address=f"mesh://{address}")
+        tell_ready(ready_file, {"address": address, "pid": os.getpid()})
         await stop.asked.wait()
 
 

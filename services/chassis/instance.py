@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import json
 import os
 import secrets
 import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
@@ -32,6 +30,7 @@ from services.chassis.arrivals import Arrivals
 from services.chassis.identity import Identity
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
+from services.chassis.ready import tell_ready
 from services.chassis.registering import connect_registry
 from services.chassis.server import Phase, Server
 from services.chassis.settings import InstanceSettings, split_address
@@ -123,7 +122,7 @@ async def _live(
         registries = [] if registry is None else [registry]
         departure = Departure(settle_s=SETTLE_S if registries else 0.0)
         async with present(registries, endpoint, serving=serving, drain=drain, departure=departure):
-            _ready(settings.ready_file, endpoint, bound)
+            tell_ready(settings.ready_file, _facts(endpoint, bound))
             log.info("serving", address=endpoint.address, model=endpoint.model, engine=endpoint.engine)
             return await _until_over(died, stop)
     finally:
@@ -166,11 +165,5 @@ async def _until_over(died: asyncio.Future[str], stop: Stop) -> int:
     return 1
 
 
-def _ready(path: Path | None, endpoint: Endpoint, port: int) -> None:
-    """Tells a supervisor, in one atomic step, that this instance serves."""
-    if path is None:
-        return
-    partial = path.with_suffix(".partial")
-    facts = {"id": endpoint.id, "address": endpoint.address, "port": port, "pid": os.getpid(), "model": endpoint.model}
-    partial.write_text(json.dumps(facts))
-    partial.replace(path)
+def _facts(endpoint: Endpoint, port: int) -> dict[str, object]:
+    return {"id": endpoint.id, "address": endpoint.address, "port": port, "pid": endpoint.pid, "model": endpoint.model}
