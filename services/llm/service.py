@@ -15,8 +15,9 @@ from infermesh.v1 import language_model_pb2_grpc
 from infermesh.v1.inference_pb2 import Relay
 from registry.endpoint import Endpoint
 from services.chassis import checks
+from services.chassis.admittance import admit
 from services.chassis.arrivals import Arrivals
-from services.chassis.identity import Identity, announce, metadata_value
+from services.chassis.identity import Identity, announce
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
 from services.llm.delivery import Coalescer
@@ -68,7 +69,7 @@ class LanguageModelService(language_model_pb2_grpc.LanguageModelServiceServicer)
 
     @unary
     async def Tokenize(self, request: lm.TokenizeRequest, context: Context) -> lm.TokenizeResponse:
-        self._admit(request, context)
+        relay = admit(request, context, self._keys, self._names)
         which = request.WhichOneof("input")
         if which is None:
             raise invalid("input", "give either text or chat")
@@ -77,7 +78,7 @@ class LanguageModelService(language_model_pb2_grpc.LanguageModelServiceServicer)
             checks.check_chat(
                 lm.ChatRequest(messages=chat.messages, tools=chat.tools, template_args_json=chat.template_args_json)
             )
-        with self._arrivals.enter(_relay(request)):
+        with self._arrivals.enter(relay):
             reply = await self._engine.tokenize(request)
         reply.model = self._identity.model
         await announce(context, self._identity)
@@ -85,37 +86,14 @@ class LanguageModelService(language_model_pb2_grpc.LanguageModelServiceServicer)
 
     @unary
     async def Detokenize(self, request: lm.DetokenizeRequest, context: Context) -> lm.DetokenizeResponse:
-        self._admit(request, context)
+        relay = admit(request, context, self._keys, self._names)
         if len(request.token_ids) > MAX_DETOKENIZE_IDS:
             raise invalid("token_ids", f"{len(request.token_ids)} entries, at most {MAX_DETOKENIZE_IDS}")
-        with self._arrivals.enter(_relay(request)):
+        with self._arrivals.enter(relay):
             reply = await self._engine.detokenize(request)
         reply.model = self._identity.model
         await announce(context, self._identity)
         return reply
-
-    def _admit(self, request: Generation | lm.TokenizeRequest | lm.DetokenizeRequest, context: Context) -> None:
-        """Who asks, and for which model.
-
-        Raises:
-            MeshError: UNAUTHENTICATED, PERMISSION_DENIED, INVALID_ARGUMENT for a `relay` that is not a gateway's,
-                MODEL_NOT_FOUND.
-        """
-        relay = _relay(request)
-        key = self._keys.who(metadata_value(context, "authorization"))
-        if relay is not None:
-            if key is not None and key.role != "operator":
-                raise invalid("relay", "is set by gateways only, which carry the operator's key")
-            checks.check_relay(relay)
-        if key is not None and key.models and request.model not in key.models:
-            raise MeshError(Reason.PERMISSION_DENIED, f"this API key is not for the model {request.model!r}")
-        model = (relay.served_model if relay is not None else "") or request.model
-        if model not in self._names:
-            raise MeshError(
-                Reason.MODEL_NOT_FOUND,
-                f"the model {model!r} is not served here; {', '.join(sorted(self._names))} is",
-                param="model",
-            )
 
     async def _generate(
         self,
@@ -126,10 +104,9 @@ class LanguageModelService(language_model_pb2_grpc.LanguageModelServiceServicer)
         response: type[Response],
         prefix: str,
     ) -> AsyncIterator[Response]:
-        self._admit(request, context)
+        relay = admit(request, context, self._keys, self._names)
         check(request)
         _check_resume(request)
-        relay = _relay(request)
         if self._arrivals.running >= self._room:
             raise MeshError(
                 Reason.INSTANCE_FULL,
@@ -212,10 +189,6 @@ async def paced(events: AsyncIterator[Event], min_interval_s: float) -> AsyncIte
 
 async def _next(source: AsyncIterator[Event]) -> Event | None:
     return await anext(source, None)
-
-
-def _relay(request: Generation | lm.TokenizeRequest | lm.DetokenizeRequest) -> Relay | None:
-    return request.relay if request.HasField("relay") else None
 
 
 def _check_resume(request: Generation) -> None:

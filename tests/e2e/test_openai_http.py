@@ -1,0 +1,453 @@
+"""Adopting OpenAI-speaking servers: a fake one over real HTTP that is honest about what such servers send."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from infermesh.errors import MeshError, Reason
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1.inference_pb2 import Delivery, Relay, Resume, TokenIds
+from services.llm.engine import EngineInfo, Event
+from services.llm.engines.openai_family import OLLAMA, OPENAI, SGLANG, VLLM, at_least
+from services.llm.engines.openai_http import OpenAiHttpEngine
+from services.llm.engines.openai_reply import SseLines, error_of
+from services.llm.engines.openai_wire import Upstream, chat_body, complete_body
+from services.llm.settings import LlmSettings
+
+
+class Fake:
+    """Sends `pieces` of bytes as they are; `None` among them hangs until the client has gone."""
+
+    def __init__(self, **entry: Any) -> None:
+        self.entry = {"id": "m", "object": "model", "owned_by": "vllm", "max_model_len": 4096, **entry}
+        self.pieces: list[bytes | None] = []
+        self.status = 200
+        self.headers = {"Content-Type": "text/event-stream"}
+        self.asked: list[dict[str, Any]] = []
+        self.authorization: list[str | None] = []
+        self.open = 0
+        self.gone = asyncio.Event()
+
+    async def models(self, request: web.Request) -> web.Response:
+        self.authorization.append(request.headers.get("Authorization"))
+        return web.json_response({"object": "list", "data": [self.entry]})
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(await request.json())
+        if self.status != 200:
+            return web.Response(status=self.status, body=self.pieces[0], headers=self.headers)
+        reply = web.StreamResponse(headers=self.headers)
+        self.open += 1
+        try:
+            await reply.prepare(request)
+            for piece in self.pieces:
+                if piece is None:
+                    await asyncio.sleep(60)
+                else:
+                    await reply.write(piece)
+                    await asyncio.sleep(0.002)
+        except (ConnectionError, asyncio.CancelledError):
+            self.gone.set()
+            raise
+        finally:
+            self.open -= 1
+        return reply
+
+    async def tokenize(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        words = (body.get("prompt") or " ".join(m["content"] for m in body["messages"])).split()
+        return web.json_response({"tokens": list(range(len(words))), "count": len(words), "max_model_len": 4096})
+
+    def says(self, *chunks: dict[str, Any] | str, done: bool = True) -> None:
+        lines = [
+            chunk if isinstance(chunk, str) else f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+            for chunk in chunks
+        ]
+        self.pieces = [line.encode() for line in lines] + ([b"data: [DONE]\n\n"] if done else [])
+
+
+@asynccontextmanager
+async def adopted(fake: Fake, **settings: Any) -> AsyncIterator[tuple[OpenAiHttpEngine, EngineInfo]]:
+    app = web.Application()
+    app.router.add_get("/v1/models", fake.models)
+    app.router.add_get("/version", _fixed({"version": "0.32.1"}))
+    app.router.add_post("/v1/chat/completions", fake.answer)
+    app.router.add_post("/v1/completions", fake.answer)
+    app.router.add_post("/tokenize", fake.tokenize)
+    app.router.add_post("/detokenize", _fixed({"prompt": "back"}))
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    port = runner.addresses[0][1]
+    given = {"engine": "openai-http", "model": "m", "source": f"http://127.0.0.1:{port}/v1", **settings}
+    engine = OpenAiHttpEngine(LlmSettings(**given))
+    try:
+        yield engine, await engine.start(lambda line: None)
+    finally:
+        await engine.close()
+        await runner.cleanup()
+
+
+def _fixed(body: dict[str, Any]) -> Any:
+    async def answer(request: web.Request) -> web.Response:
+        return web.json_response(body)
+
+    return answer
+
+
+def chat(text: str = "hi", **fields: Any) -> lm.ChatRequest:
+    return lm.ChatRequest(model="m", messages=[lm.Message(role=lm.ROLE_USER, content=text)], **fields)
+
+
+def chunk(text: str | None = None, finish: str | None = None, index: int = 0, **delta: Any) -> dict[str, Any]:
+    body = {**({} if text is None else {"content": text}), **delta}
+    return {"id": "x", "choices": [{"index": index, "delta": body, "finish_reason": finish}]}
+
+
+USAGE = {
+    "choices": [],
+    "usage": {"prompt_tokens": 7, "completion_tokens": 2, "prompt_tokens_details": {"cached_tokens": 5}},
+}
+
+
+async def collect(events: AsyncIterator[Event]) -> list[Event]:
+    return [event async for event in events]
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(delta.content for event in events for delta in event.deltas)
+
+
+async def test_it_is_found_out_and_a_chat_streams_through() -> None:
+    fake = Fake()
+    fake.says(chunk("", role="assistant"), chunk("Guten "), chunk("Tag"), chunk("", "stop"), USAGE)
+    async with adopted(fake) as (engine, info):
+        assert (info.engine, info.engine_version, info.capacity.context_max) == ("openai-http:vllm", "0.32.1", 4096)
+        assert {"tools", "regex", "n", "token_ids"} <= info.features
+        events = await collect(engine.chat(chat(sampling=lm.Sampling(max_tokens=9, temperature=0.7))))
+        assert [d.content for e in events for d in e.deltas] == ["Guten ", "Tag", ""]
+        assert events[0].prompt is not None
+        assert events[-2].deltas[0].finish == lm.FINISH_STOP
+        assert [event.usage is not None for event in events] == [False, False, False, True]
+        usage = events[-1].usage
+        assert usage is not None and (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (7, 2, 5)
+        sent = fake.asked[0]
+        assert (sent["max_tokens"], sent["temperature"], sent["stream"]) == (9, 0.7, True)
+        assert sent["stream_options"]["include_usage"] and sent["messages"] == [{"role": "user", "content": "hi"}]
+        assert engine.load().running == 0
+
+
+async def test_bytes_may_be_cut_anywhere_and_pings_come_between() -> None:
+    text = "naïve 知识库 🙂 answer"
+    for size in (1, 2, 3, 7):
+        fake = Fake()
+        fake.says(": ping\n\n", chunk(text), ": ping\r\n\r\n", chunk(text), chunk(None, "stop"), USAGE)
+        raw = b"".join(piece for piece in fake.pieces if piece).replace(b"\n\n", b"\r\n\r\n", 3)
+        fake.pieces = [raw[at : at + size] for at in range(0, len(raw), size)]
+        lines = SseLines()
+        assert len([p for piece in fake.pieces if piece for p in lines.feed(piece)]) == 5
+        if size == 7:
+            async with adopted(fake) as (engine, _):
+                assert text_of(await collect(engine.chat(chat()))) == text * 2
+
+
+async def test_a_line_without_end_is_not_collected_for_ever() -> None:
+    lines = SseLines()
+    with pytest.raises(MeshError, match="without end"):
+        for _ in range(100):
+            list(lines.feed(b"data: " + b"x" * (1 << 20)))
+
+
+async def test_without_usage_deltas_are_counted() -> None:
+    fake = Fake(owned_by="somebody", max_model_len=None)
+    fake.says(chunk("a"), chunk("b"), chunk("c", "length"))
+    async with adopted(fake) as (engine, info):
+        assert info.capacity.context_max == 0
+        events = await collect(engine.chat(chat()))
+        usage = events[-1].usage
+        assert usage is not None and (usage.prompt_tokens, usage.completion_tokens) == (0, 3)
+
+
+async def test_tool_calls_reasoning_choices_logprobs_and_token_ids() -> None:
+    fake = Fake()
+    call = {"index": 0, "id": "c1", "type": "function", "function": {"name": "f", "arguments": ""}}
+    more = {"index": 0, "function": {"arguments": '{"a":1}'}}
+    entry = {
+        "token": "x",
+        "logprob": -0.5,
+        "bytes": [120],
+        "top_logprobs": [{"token": "x", "logprob": -0.5, "bytes": [120]}],
+    }
+    with_ids = chunk("x", index=1)
+    with_ids["choices"][0] |= {"token_ids": [11, 12], "logprobs": {"content": [entry]}, "stop_reason": None}
+    stopped = chunk(None, "stop", index=1)
+    stopped["choices"][0]["stop_reason"] = "END"
+    fake.says(
+        chunk(reasoning_content="hm"), chunk(reasoning="so"), chunk(tool_calls=[call]), chunk(tool_calls=[more]),
+        with_ids, stopped, chunk(None, "tool_calls"), USAGE,
+    )  # fmt: skip
+    tool = lm.Tool(name="f", parameters_json='{"type": "object"}', strict=True)
+    async with adopted(fake) as (engine, _):
+        request = chat(tools=[tool], sampling=lm.Sampling(n=2, logprobs=1), relay=Relay(cache_salt=b"\x01"))
+        request.tool_choice.mode = lm.ToolChoice.MODE_REQUIRED
+        deltas = [delta for event in await collect(engine.chat(request)) for delta in event.deltas]
+    assert "".join(delta.reasoning for delta in deltas) == "hmso"
+    calls = [call for delta in deltas for call in delta.tool_calls]
+    assert [(c.index, c.id, c.name, c.arguments_json) for c in calls] == [(0, "c1", "f", ""), (0, "", "", '{"a":1}')]
+    ids = next(delta for delta in deltas if delta.token_ids)
+    assert (ids.choice, list(ids.token_ids), ids.logprobs[0].token, ids.logprobs[0].top[0].rank) == (
+        1,
+        [11, 12],
+        "x",
+        1,
+    )
+    assert [(d.choice, d.finish, d.stop_text) for d in deltas if d.finish] == [
+        (1, lm.FINISH_STOP, "END"),
+        (0, lm.FINISH_TOOL_CALLS, ""),
+    ]
+    sent = fake.asked[0]
+    assert (sent["n"], sent["logprobs"], sent["top_logprobs"], sent["tool_choice"]) == (2, True, 1, "required")
+    assert sent["tools"][0]["function"] == {"name": "f", "parameters": {"type": "object"}, "strict": True}
+    assert (sent["cache_salt"], sent["return_token_ids"]) == ("01", True)
+
+
+async def test_a_completion_streams_text() -> None:
+    fake = Fake()
+    first = {"choices": [{"index": 0, "text": "one", "finish_reason": None, "logprobs": {
+        "tokens": ["one"], "token_logprobs": [-0.25], "top_logprobs": [{"two": -2.0, "one": -0.25}]}}]}  # fmt: skip
+    fake.says(first, {"choices": [{"index": 0, "text": "", "finish_reason": "length"}]}, USAGE)
+    async with adopted(fake) as (engine, _):
+        request = lm.CompleteRequest(
+            model="m", token_ids=TokenIds(ids=[1, 2]), echo=True, sampling=lm.Sampling(logprobs=2)
+        )
+        events = await collect(engine.complete(request))
+        assert text_of(events) == "one"
+        assert [top.token for top in events[0].deltas[0].logprobs[0].top] == ["one", "two"]
+        assert fake.asked[0]["prompt"] == [1, 2] and fake.asked[0]["echo"] is True
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "reason"),
+    [
+        (400, b'{"error": {"message": "bad top_p", "type": "x", "code": 400}}', Reason.INVALID_ARGUMENT),
+        (400, b'{"object": "error", "message": "maximum context length is 5"}', Reason.CONTEXT_LENGTH_EXCEEDED),
+        (400, b'{"error": {"message": "no", "code": "context_length_exceeded"}}', Reason.CONTEXT_LENGTH_EXCEEDED),
+        (401, b'{"error": "key"}', Reason.ENGINE_FAILED),
+        (404, b'{"error": "model gone"}', Reason.ENGINE_FAILED),
+        (413, b"", Reason.REQUEST_TOO_LARGE),
+        (422, b'{"detail": [{"loc": ["body"]}]}', Reason.INVALID_ARGUMENT),
+        (429, b'{"error": {"message": "slow down"}}', Reason.INSTANCE_FULL),
+        (500, b"<html>boom</html>", Reason.ENGINE_FAILED),
+        (503, b'{"error": {"message": "Loading model", "code": 503}}', Reason.INSTANCE_FULL),
+    ],
+)
+async def test_the_servers_errors_become_ours(status: int, body: bytes, reason: Reason) -> None:
+    fake = Fake()
+    fake.status, fake.pieces, fake.headers = status, [body], {"Retry-After": "3"}
+    async with adopted(fake) as (engine, _):
+        with pytest.raises(MeshError) as caught:
+            await collect(engine.chat(chat()))
+        assert caught.value.reason is reason
+        if reason is Reason.INSTANCE_FULL:
+            assert caught.value.retry_after_s == 3
+        assert engine.load().running == 0
+
+
+@pytest.mark.parametrize(
+    ("chunks", "reason"),
+    [
+        ([chunk("a"), {"error": {"message": "EngineCore died", "code": 500}}], Reason.ENGINE_FAILED),
+        ([chunk("a"), {"error": {"message": "bad grammar", "code": 400}}], Reason.INVALID_ARGUMENT),
+        ([chunk("a"), "data: {not json\n\n"], Reason.ENGINE_FAILED),
+        ([chunk("a"), "data: [1, 2]\n\n"], Reason.ENGINE_FAILED),
+        ([chunk("a"), {"choices": [{"index": 0, "delta": {"content": 7}}]}], Reason.ENGINE_FAILED),
+        ([chunk("a")], Reason.ENGINE_FAILED),
+    ],
+)
+async def test_what_goes_wrong_after_the_first_token_is_told_after_it(chunks: list[Any], reason: Reason) -> None:
+    fake = Fake()
+    fake.says(*chunks)
+    async with adopted(fake) as (engine, _):
+        seen: list[Event] = []
+        with pytest.raises(MeshError) as caught:
+            async for event in engine.chat(chat()):
+                seen.append(event)
+        assert text_of(seen) == "a" and caught.value.reason is reason
+
+
+async def test_leaving_closes_the_connection_so_that_the_server_stops() -> None:
+    fake = Fake()
+    fake.says(chunk("a"), done=False)
+    fake.pieces.append(None)
+    async with adopted(fake) as (engine, _):
+        events = engine.chat(chat())
+        await anext(events)
+        assert (engine.load().running, fake.open) == (1, 1)
+        await events.aclose()  # type: ignore[attr-defined]
+        await asyncio.wait_for(fake.gone.wait(), 1)
+        fake.gone.clear()
+        waiting = asyncio.create_task(collect(engine.chat(chat())))
+        await asyncio.sleep(0.1)
+        waiting.cancel()
+        await asyncio.wait_for(fake.gone.wait(), 1)
+        assert engine.load().running == 0
+
+
+async def test_a_server_that_goes_silent_or_away_is_lost() -> None:
+    fake = Fake()
+    fake.pieces = [None]
+    async with adopted(fake, openai_http={"idle_timeout_s": 0.2}) as (engine, _):
+        with pytest.raises(MeshError) as caught:
+            await collect(engine.chat(chat()))
+        assert caught.value.reason is Reason.INSTANCE_LOST
+        engine._base = "http://127.0.0.1:1"
+        with pytest.raises(MeshError) as caught:
+            await collect(engine.chat(chat()))
+        assert caught.value.reason is Reason.INSTANCE_LOST and "cannot be reached" in caught.value.message
+
+
+async def test_the_key_is_read_from_its_file_and_sent(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("s3cret\n")
+    fake = Fake()
+    async with adopted(fake, openai_http={"api_key_file": tmp_path / "key"}):
+        assert fake.authorization == ["Bearer s3cret"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"source": "http://127.0.0.1:1", "openai_http": {"probe_timeout_s": 0.1}}, "does not answer within"),
+        ({"openai_http": {"upstream_model": "other"}}, "serves m"),
+        ({"openai_http": {"api_key_file": "missing"}}, "api-key-file"),
+    ],
+)
+async def test_what_cannot_be_adopted_says_why(settings: dict[str, Any], match: str) -> None:
+    with pytest.raises(MeshError, match=match) as caught:
+        async with adopted(Fake(), **settings):
+            pass
+    assert caught.value.reason is Reason.FAILED_PRECONDITION
+
+
+async def test_a_source_that_is_no_url_is_refused_at_once() -> None:
+    with pytest.raises(ValueError, match="not a URL"):
+        OpenAiHttpEngine(LlmSettings(engine="openai-http", model="m", source="localhost:80"))
+
+
+async def test_a_smaller_range_is_kept_where_the_server_counts() -> None:
+    fake = Fake()
+    fake.says(chunk("a", "stop"), USAGE)
+    async with adopted(fake, context=(0, 20)) as (engine, info):
+        assert info.capacity.context_max == 20
+        assert text_of(await collect(engine.chat(chat("few words")))) == "a"
+        with pytest.raises(MeshError, match="30 tokens") as caught:
+            await collect(engine.chat(chat("w " * 30)))
+        assert caught.value.reason is Reason.OUT_OF_RANGE
+        assert len(fake.asked) == 1
+
+
+async def test_tokenize_where_there_is_one() -> None:
+    async with adopted(Fake()) as (engine, _):
+        reply = await engine.tokenize(lm.TokenizeRequest(text="a b c"))
+        assert (len(reply.token_ids), reply.max_context) == (3, 4096)
+        assert (await engine.detokenize(lm.DetokenizeRequest(token_ids=[1]))).text == "back"
+    async with adopted(Fake(owned_by="library")) as (engine, _):
+        for call in (engine.tokenize(lm.TokenizeRequest(text="a")), engine.detokenize(lm.DetokenizeRequest())):
+            with pytest.raises(MeshError) as caught:
+                await call
+            assert caught.value.reason is Reason.UNIMPLEMENTED
+
+
+def _up(family: Any, version: str = "0.32") -> Upstream:
+    return Upstream(family, "m", version)
+
+
+@pytest.mark.parametrize(
+    ("request_", "upstream", "param"),
+    [
+        (chat(sampling=lm.Sampling(top_k=5)), _up(OPENAI), "sampling.top_k"),
+        (chat(sampling=lm.Sampling(n=2)), _up(OLLAMA), "sampling.n"),
+        (chat(sampling=lm.Sampling(logit_bias={1: 2})), _up(OLLAMA), "sampling.logit_bias"),
+        (chat(sampling=lm.Sampling(prompt_logprobs=1)), _up(VLLM), "sampling.prompt_logprobs"),
+        (chat(sampling=lm.Sampling(logprobs=1)), _up(OLLAMA), "sampling.logprobs"),
+        (chat(constraint=lm.Constraint(regex="a")), _up(OPENAI), "constraint.regex"),
+        (chat(constraint=lm.Constraint(structural_tag="{}")), _up(SGLANG), "constraint.structural_tag"),
+        (chat(template_args_json='{"a":1}'), _up(OPENAI), "template_args_json"),
+        (chat(continue_final_message=True), _up(OPENAI), "continue_final_message"),
+        (chat(delivery=Delivery(token_ids=True)), _up(SGLANG), "delivery.token_ids"),
+        (chat(relay=Relay(resume=Resume(token_ids=[1]))), _up(VLLM), "relay.resume"),
+        (
+            chat(tools=[lm.Tool(name="f")], tool_choice=lm.ToolChoice(mode=lm.ToolChoice.MODE_NONE)),
+            _up(OLLAMA),
+            "tool_choice",
+        ),
+        (lm.CompleteRequest(text="x", echo=True), _up(OLLAMA), "echo"),
+        (lm.CompleteRequest(token_ids=TokenIds(ids=[1])), _up(OLLAMA), "prompt"),
+        (
+            lm.ChatRequest(messages=[lm.Message(role=lm.ROLE_ASSISTANT, reasoning="r")]),
+            _up(OPENAI),
+            "messages[0].reasoning",
+        ),
+    ],
+)
+def test_what_a_family_would_ignore_is_refused_by_name(request_: Any, upstream: Upstream, param: str) -> None:
+    build: Any = chat_body if isinstance(request_, lm.ChatRequest) else complete_body
+    with pytest.raises(MeshError) as caught:
+        build(request_, upstream)
+    assert (caught.value.reason, caught.value.param) == (Reason.UNSUPPORTED, param)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "upstream", "field", "value"),
+    [
+        (lm.Constraint(regex="a+"), _up(VLLM), "structured_outputs", {"regex": "a+"}),
+        (lm.Constraint(regex="a+"), _up(VLLM, "0.10.2"), "guided_regex", "a+"),
+        (lm.Constraint(choice=lm.Choice(choices=["a", "b"])), _up(VLLM), "structured_outputs", {"choice": ["a", "b"]}),
+        (lm.Constraint(grammar="root ::= x"), _up(SGLANG), "ebnf", "root ::= x"),
+        (lm.Constraint(json_object=True), _up(OPENAI), "response_format", {"type": "json_object"}),
+        (
+            lm.Constraint(json_schema='{"type": "object"}'),
+            _up(OLLAMA),
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": True}},
+        ),
+    ],
+)
+def test_constraints_are_put_as_each_family_takes_them(
+    constraint: lm.Constraint, upstream: Upstream, field: str, value: Any
+) -> None:
+    assert chat_body(chat(constraint=constraint), upstream)[field] == value
+
+
+def test_every_field_of_sampling_is_either_sent_or_refused() -> None:
+    values = {
+        "stop": ["x"],
+        "stop_token_ids": [1],
+        "logit_bias": {1: 1.0},
+        "n": 2,
+        "include_stop": True,
+        "ignore_eos": True,
+    }
+    for name in lm.Sampling.DESCRIPTOR.fields_by_name:
+        request = chat(sampling=lm.Sampling(**{name: values.get(name, 1)}))
+        for family in (OPENAI, VLLM, SGLANG, OLLAMA):
+            try:
+                body = chat_body(request, _up(family))
+            except MeshError as error:
+                assert error.reason is Reason.UNSUPPORTED
+            else:
+                assert len(body) > 4, (family.name, name)
+
+
+def test_versions_and_error_bodies() -> None:
+    assert at_least("0.11.0", 0, 11) and at_least("0.32.1.dev3", 0, 11) and not at_least("0.9.2", 0, 11)
+    assert at_least("", 0, 11)
+    assert "(HTTP 418)" in error_of(418, b"").message
