@@ -40,7 +40,7 @@ class VllmOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    tp: int = Field(default=1, ge=1, le=1024)
+    tp: int = Field(default=0, ge=0, le=1024)  # 0 = the visible GPUs shared out among `pp`; 1 on a CPU
     pp: int = Field(default=1, ge=1, le=1024)
     vram_ratio: float = Field(default=0.9, gt=0, le=1)  # of each card's memory
     kv_cache_dtype: str = "auto"
@@ -49,6 +49,7 @@ class VllmOptions(BaseModel):
     max_context: int = Field(default=0, ge=0, le=1 << 31)  # tokens, prompt and answer together
     chat_template: Path | None = None
     prompt_template: PromptTemplate | None = None
+    time_granularity_s: int = Field(default=86400, ge=1, le=1 << 31)  # of the time in templates
     tool_parser: str = ""
     reasoning_parser: str = ""
     engine_args: dict[str, Any] = Field(default_factory=dict)  # any further argument of vLLM's AsyncEngineArgs

@@ -1,0 +1,281 @@
+"""vLLM's AsyncLLM in this process, behind the engine port.
+
+vLLM is imported by `start`, in a thread: it takes seconds, and the gRPC server answers meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import secrets
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from infermesh.errors import MeshError, Reason, invalid, unsupported
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1.worker_pb2 import Load
+from services.llm.engine import EngineInfo, Event
+from services.llm.engines.vllm_launch import Launched, launch
+from services.llm.settings import LlmSettings
+from services.llm.window import Window
+
+if TYPE_CHECKING:
+    from services.llm.engines.vllm_render import Prompt
+
+STILL_LOADING_S = 10.0  # between two lines for an operator who waits
+CHECK_S = 0.25  # how often a live engine process is asked whether its engine lives
+STOP_S = 15.0  # for processes to go by themselves before they are killed
+log = structlog.get_logger("vllm")
+
+
+class VllmEngine:
+    def __init__(self, settings: LlmSettings) -> None:
+        self._settings = settings
+        self._loading: asyncio.Task[Launched] | None = None
+        self._launched: Launched | None = None
+        self._processes: list[Any] = []
+        self._window = Window(0)
+        self._defaults: dict[str, Any] = {}
+        self._kv_tokens = 0
+        self._text_lock = asyncio.Lock()
+        self._text_tokenizer: Any = None
+
+    async def start(self, progress: Callable[[str], None]) -> EngineInfo:
+        began = time.monotonic()
+        loop = asyncio.get_running_loop()
+
+        def line(text: str) -> None:
+            loop.call_soon_threadsafe(progress, text)
+
+        self._loading = asyncio.create_task(asyncio.to_thread(launch, self._settings, line))
+        while not (await asyncio.wait({self._loading}, timeout=STILL_LOADING_S))[0]:
+            progress(f"still loading, {time.monotonic() - began:.0f} s")
+        launched = self._loading.result()
+        from services.llm.engines.vllm_info import engine_info
+
+        self._processes = multiprocessing.active_children()
+        info, self._text_tokenizer = await asyncio.to_thread(engine_info, self._settings, launched)
+        low, high = self._settings.context or (0, 0)
+        self._window = Window(info.capacity.context_max, low, high)
+        self._defaults = launched.engine.model_config.get_diff_sampling_param()
+        self._kv_tokens = info.capacity.kv_tokens
+        self._launched = launched
+        progress("warming up")
+        await self._warm_up()
+        progress(f"ready after {time.monotonic() - began:.1f} s")
+        return info
+
+    async def chat(self, request: lm.ChatRequest) -> AsyncIterator[Event]:
+        """See the port."""
+        _refuse_resume(request)
+        async with aclosing(self._chat(request)) as events:
+            async for event in self._translated(events, request):
+                yield event
+
+    async def complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
+        """See the port. With `echo`, prompt_logprobs default to `logprobs`, as OpenAI's completions have it."""
+        _refuse_resume(request)
+        async with aclosing(self._complete(request)) as events:
+            async for event in self._translated(events, request):
+                yield event
+
+    async def _chat(self, request: lm.ChatRequest) -> AsyncIterator[Event]:
+        prompt = await self._ready.renderer.chat(request, time.time())
+        choice = request.tool_choice
+        async with aclosing(
+            self._generate(
+                prompt,
+                request.sampling,
+                parallel_tools=choice.parallel if choice.HasField("parallel") else True,
+                forced_function=choice.mode == lm.ToolChoice.MODE_FUNCTION,
+            )
+        ) as events:
+            async for event in events:
+                yield event
+
+    async def _complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
+        prompt = await self._ready.renderer.complete(request)
+        async with aclosing(self._generate(prompt, request.sampling, echo=request.echo)) as events:
+            async for event in events:
+                yield event
+
+    async def _generate(
+        self,
+        prompt: Prompt,
+        sampling: lm.Sampling,
+        *,
+        echo: bool = False,
+        parallel_tools: bool = True,
+        forced_function: bool = False,
+    ) -> AsyncIterator[Event]:
+        from services.llm.engines.vllm_output import Answer
+        from services.llm.engines.vllm_params import sampling_params
+
+        prompt_top = sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
+        if echo and prompt_top is None and sampling.HasField("logprobs"):
+            prompt_top = sampling.logprobs
+        params = sampling_params(
+            sampling,
+            self._defaults,
+            self._budget(len(prompt.ids), sampling),
+            structured=prompt.structured,
+            keep_special_tokens=prompt.keep_special_tokens,
+            prompt_logprobs=prompt_top,
+            more_stops=prompt.stops,
+        )
+        answer = Answer(
+            prompt,
+            self._text_tokenizer,
+            choices=params.n,
+            top=sampling.logprobs if sampling.HasField("logprobs") else None,
+            prompt_top=prompt_top,
+            echo=prompt.text if echo else "",
+            parallel_tools=parallel_tools,
+            forced_function=forced_function,
+        )
+        outputs = self._ready.engine.generate(prompt.engine_input, params, secrets.token_hex(12), **prompt.reasoning)
+        async with aclosing(outputs):
+            async for output in outputs:
+                event = answer.event(output)
+                if event is not None:
+                    yield event
+
+    def _budget(self, prompt_tokens: int, sampling: lm.Sampling) -> int:
+        """Tokens the answer may have: what was asked, else the model's own default, else what fits."""
+        fits = self._window.budget(prompt_tokens, sampling)
+        default = self._defaults.get("max_tokens")
+        if sampling.HasField("max_tokens") or not default:
+            return fits
+        return max(min(fits, default), sampling.min_tokens)
+
+    async def tokenize(self, request: lm.TokenizeRequest) -> lm.TokenizeResponse:
+        renderer = self._ready.renderer
+        try:
+            if request.WhichOneof("input") == "chat":
+                chat = request.chat
+                asked = lm.ChatRequest(
+                    messages=chat.messages,
+                    tools=chat.tools,
+                    template_args_json=chat.template_args_json,
+                    tool_choice=lm.ToolChoice(mode=lm.ToolChoice.MODE_NONE),
+                    relay=request.relay,
+                )
+                if chat.HasField("add_generation_prompt"):
+                    asked.add_generation_prompt = chat.add_generation_prompt
+                ids = (await renderer.chat(asked, time.time())).ids
+            else:
+                special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+                ids = await renderer.tokens(request.text, add_special_tokens=special) if request.text else []
+        except Exception as error:
+            from services.llm.engines.vllm_errors import translate
+
+            raise translate(error, request, self._window.model) from error
+        tokenizer = self._text_tokenizer
+        async with self._text_lock:
+            tokens = await asyncio.to_thread(lambda: [tokenizer.decode([token]) for token in ids])
+        return lm.TokenizeResponse(token_ids=ids, max_context=self._window.model, tokens=tokens)
+
+    async def detokenize(self, request: lm.DetokenizeRequest) -> lm.DetokenizeResponse:
+        ids = list(request.token_ids)
+        vocabulary = self._ready.engine.model_config.get_vocab_size()
+        if ids and max(ids) >= vocabulary:
+            raise invalid("token_ids", f"{max(ids)} is not among the model's {vocabulary} tokens")
+        async with self._text_lock:
+            return lm.DetokenizeResponse(text=await asyncio.to_thread(self._text_tokenizer.decode, ids))
+
+    def load(self) -> Load:
+        if self._launched is None:
+            return Load()
+        return self._launched.counters.load(self._kv_tokens, self._launched.engine.get_num_queued_tokens())
+
+    async def died(self) -> str:
+        """Asked for after `start`. A killed engine process is seen at once, through its sentinel; an engine that gave
+        up, within `CHECK_S`.
+        """
+        launched = self._ready
+        loop = asyncio.get_running_loop()
+        gone = asyncio.Event()
+        for process in self._processes:
+            loop.add_reader(process.sentinel, gone.set)
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(gone.wait(), CHECK_S)
+                for process in self._processes:
+                    if process.exitcode is not None:
+                        return f"vLLM's {process.name} (pid {process.pid}) ended with {_ending(process.exitcode)}"
+                if launched.engine.errored:
+                    return f"vLLM's engine gave up: {launched.engine.dead_error}"
+        finally:
+            for process in self._processes:
+                loop.remove_reader(process.sentinel)
+
+    async def close(self) -> None:
+        """Also in the middle of a load, which cannot be interrupted but fails when its processes go."""
+        if self._loading is not None and not self._loading.done():
+            while not (await asyncio.wait({self._loading}, timeout=0.2))[0]:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+        if self._loading is None or self._loading.cancelled() or self._loading.exception() is not None:
+            return
+        engine = self._loading.result().engine
+        self._launched = self._loading = None
+        await asyncio.to_thread(engine.shutdown)
+        await asyncio.to_thread(_reap, multiprocessing.active_children())
+
+    @property
+    def _ready(self) -> Launched:
+        if self._launched is None:
+            raise MeshError(Reason.DRAINING, "the engine is not running")
+        return self._launched
+
+    async def _translated(
+        self, events: AsyncIterator[Event], request: lm.ChatRequest | lm.CompleteRequest
+    ) -> AsyncIterator[Event]:
+        from services.llm.engines.vllm_errors import translate
+
+        started = False
+        try:
+            async for event in events:
+                yield event
+                started = True
+        except Exception as error:
+            raise translate(error, request, self._window.model, started=started) from error
+
+    async def _warm_up(self) -> None:
+        """Real answers through the whole path, so that no caller pays for what is built at first use."""
+        request = lm.CompleteRequest(
+            text="Once upon a time", sampling=lm.Sampling(max_tokens=8, ignore_eos=True, temperature=0)
+        )
+        async for _ in self.complete(request):
+            pass
+        # The first chat builds the parsers and the template. Models without one are served by completion alone.
+        with contextlib.suppress(MeshError):
+            hello = lm.ChatRequest(messages=[lm.Message(role=lm.ROLE_USER, content="Hello")])
+            hello.sampling.max_tokens = 1
+            async for _ in self.chat(hello):
+                pass
+
+
+def _ending(exitcode: int) -> str:
+    return f"signal {-exitcode}" if exitcode < 0 else f"code {exitcode}"
+
+
+def _reap(processes: list[Any]) -> None:
+    until = time.monotonic() + STOP_S
+    for process in processes:
+        process.join(max(0.0, until - time.monotonic()))
+        if process.is_alive():
+            log.warning("killing a process of the engine that does not stop", pid=process.pid, name=process.name)
+            process.kill()
+            process.join(5)
+
+
+def _refuse_resume(request: lm.ChatRequest | lm.CompleteRequest) -> None:
+    if request.relay.HasField("resume"):
+        raise unsupported("relay.resume", "this engine does not continue the streams of others yet")

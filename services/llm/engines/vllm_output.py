@@ -1,0 +1,202 @@
+"""vLLM's RequestOutputs, one an engine step -> events."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from infermesh.errors import MeshError, Reason
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1.inference_pb2 import Usage
+from services.llm.engine import Event, PromptFacts
+from services.llm.engines.vllm_render import Prompt
+
+_FINISH = {"stop": lm.FINISH_STOP, "length": lm.FINISH_LENGTH, "abort": lm.FINISH_ABORT}
+_HEX_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class Answer:
+    """Reads one request's outputs; it holds the parsers' state of every choice."""
+
+    def __init__(
+        self,
+        prompt: Prompt,
+        tokenizer: Any,
+        *,
+        choices: int,
+        top: int | None,
+        prompt_top: int | None = None,
+        echo: str = "",
+        parallel_tools: bool = True,
+        forced_function: bool = False,
+    ) -> None:
+        """`top`, `prompt_top`: alternatives a token, None = no logprobs; `forced_function`: the tool call was named by
+        the caller, which by OpenAI's rules ends with `stop`."""
+        self._prompt = prompt
+        self._tokenizer = tokenizer
+        self._top = top
+        self._prompt_top = prompt_top
+        self._parsers = [prompt.make_parser() for _ in range(choices)] if prompt.make_parser else []
+        self._parallel_tools = parallel_tools
+        self._forced_function = forced_function
+        self._echo = [echo] * choices
+        self._strip = [prompt.strip_space] * choices
+        self._called = [False] * choices
+        self._ids: list[list[int]] = [[] for _ in range(choices)]  # for the parsers' count of reasoning tokens
+        self._completion_tokens = 0
+        self._cached = 0
+        self._first = True
+
+    def event(self, output: Any) -> Event | None:
+        """What one output tells; None while it tells nothing (a prompt still being computed)."""
+        deltas = [delta for choice in output.outputs if (delta := self._delta(choice)) is not None]
+        self._cached = max(self._cached, output.num_cached_tokens or 0)
+        if not deltas and not output.finished:
+            return None
+        event = Event(deltas)
+        if self._first:
+            self._first = False
+            event.prompt = PromptFacts(
+                len(self._prompt.ids), self._cached, tuple(self._prompt_logprobs(output.prompt_logprobs))
+            )
+        if output.finished:
+            event.usage = Usage(
+                prompt_tokens=len(self._prompt.ids),
+                completion_tokens=self._completion_tokens,
+                cached_tokens=self._cached,
+                reasoning_tokens=sum(
+                    parser.count_reasoning_tokens(tuple(ids))
+                    for parser, ids in zip(self._parsers, self._ids, strict=False)
+                ),
+            )
+        return event
+
+    def _delta(self, choice: Any) -> lm.Delta | None:
+        if choice.finish_reason == "error":
+            raise MeshError(Reason.ENGINE_FAILED, "the engine failed at this request; its log tells why")
+        index, ids = choice.index, list(choice.token_ids)
+        if not ids and not choice.text and choice.finish_reason is None:
+            return None
+        self._completion_tokens += len(ids)
+        delta = lm.Delta(choice=index, token_ids=ids)
+        self._text(delta, choice)
+        if self._echo[index]:
+            delta.content = self._echo[index] + delta.content
+            self._echo[index] = ""
+        if self._top is not None and choice.logprobs:
+            for token, candidates in zip(ids, choice.logprobs, strict=False):
+                delta.logprobs.append(self._logprob(token, candidates, self._top))
+        if choice.finish_reason is not None:
+            self._finish(delta, choice)
+        return delta
+
+    def _text(self, delta: lm.Delta, choice: Any) -> None:
+        index, text = choice.index, choice.text
+        if self._strip[index] and text:
+            self._strip[index] = False
+            text = text.removeprefix(" ")
+        if not self._parsers:
+            delta.content = text
+            return
+        self._ids[index].extend(delta.token_ids)
+        parsed = self._parsers[index].parse_delta(
+            text,
+            list(delta.token_ids),
+            self._prompt.request,
+            prompt_token_ids=self._prompt.ids,
+            finished=choice.finish_reason is not None,
+        )
+        if parsed is None:
+            return
+        delta.content = parsed.content or ""
+        delta.reasoning = parsed.reasoning or ""
+        for call in parsed.tool_calls or ():
+            if call.index > 0 and not self._parallel_tools:
+                continue
+            function = call.function
+            delta.tool_calls.add(
+                index=call.index,
+                id=call.id or "",
+                name=(function.name if function else "") or "",
+                arguments_json=(function.arguments if function else "") or "",
+            )
+            self._called[index] = True
+
+    def _finish(self, delta: lm.Delta, choice: Any) -> None:
+        delta.finish = _FINISH.get(choice.finish_reason, lm.FINISH_STOP)
+        if delta.finish == lm.FINISH_STOP and self._called[choice.index] and not self._forced_function:
+            delta.finish = lm.FINISH_TOOL_CALLS
+        if isinstance(choice.stop_reason, str):
+            delta.stop_text = choice.stop_reason
+        elif isinstance(choice.stop_reason, int):
+            delta.stop_token = choice.stop_reason
+
+    def _prompt_logprobs(self, positions: Sequence[Mapping[int, Any] | None] | None) -> list[lm.PositionLogprobs]:
+        if self._prompt_top is None or not positions:
+            return []
+        found = []
+        for token, candidates in zip(self._prompt.ids[1:], list(positions)[1:], strict=False):
+            line = self._logprob(token, candidates or {}, self._prompt_top)
+            own = lm.TopLogprob(
+                token_id=token,
+                token=line.token,
+                token_bytes=line.token_bytes,
+                logprob=line.logprob,
+                rank=_rank(candidates, token),
+            )
+            found.append(lm.PositionLogprobs(candidates=[own, *(top for top in line.top if top.token_id != token)]))
+        return found
+
+    def _logprob(self, token: int, candidates: Mapping[int, Any], top: int) -> lm.TokenLogprob:
+        ranked = sorted(candidates.items(), key=lambda item: item[1].rank or 1 << 30)[:top]
+        own = candidates.get(token)
+        text = (own.decoded_token if own else None) or ""
+        line = lm.TokenLogprob(
+            token_id=token,
+            token=text,
+            token_bytes=self._bytes(token, text),
+            logprob=own.logprob if own else 0.0,
+        )
+        for id, candidate in ranked:
+            text = candidate.decoded_token or ""
+            line.top.add(
+                token_id=id,
+                token=text,
+                token_bytes=self._bytes(id, text),
+                logprob=candidate.logprob,
+                rank=candidate.rank or 0,
+            )
+        return line
+
+    def _bytes(self, token: int, text: str) -> bytes:
+        if "\ufffd" not in text:
+            return text.encode()
+        return token_bytes(self._tokenizer.convert_ids_to_tokens(token), text)
+
+
+def token_bytes(piece: str, text: str) -> bytes:
+    """The bytes of a token that is part of a character: from its name in the vocabulary, byte-level BPE or byte
+    fallback; `text` is what it decodes to by itself.
+    """
+    if match := _HEX_TOKEN.fullmatch(piece):
+        return bytes([int(match[1], 16)])
+    try:
+        return bytes(_BYTE_OF[char] for char in piece)
+    except KeyError:
+        return text.encode()
+
+
+def _byte_of() -> dict[str, int]:
+    """Byte-level BPE writes printable bytes as themselves and the rest as the characters from U+0100 on, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + place): byte for place, byte in enumerate(rest)}
+
+
+_BYTE_OF = _byte_of()
+
+
+def _rank(candidates: Mapping[int, Any] | None, token: int) -> int:
+    own = (candidates or {}).get(token)
+    return (own.rank or 0) if own else 0
