@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import json
 import os
@@ -11,12 +10,10 @@ import random
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import structlog
-import uvicorn
 
 import infermesh
 from infermesh.v1 import mesh_pb2_grpc
@@ -31,7 +28,9 @@ from services.chassis.signals import Stop
 from services.gateway.config import GatewaySettings, split_address
 from services.gateway.front import rpc
 from services.gateway.front.embed_stream import EmbedStream
+from services.gateway.front.http_server import HttpServer, build_http_server
 from services.gateway.front.mesh import MESH, Mesh
+from services.gateway.front.rest import build_app
 from services.gateway.observe import Observe
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.router import Router
@@ -44,15 +43,8 @@ from services.gateway.upstream.forward import Forwarder
 SERVICES = (rpc.LANGUAGE_MODEL, rpc.EMBEDDING, rpc.RERANK, rpc.RETRIEVE)
 SETTLE_S = 0.5  # between NOT_SERVING and the end of the listeners: balancers and clients need a moment to hear
 STOP_S = 0.5
+REST_STOP_S = 1.0  # uvicorn counts whole seconds
 log = structlog.get_logger("gateway")
-
-
-class Rest(uvicorn.Server):
-    """uvicorn without its own signal handling: it raises signals again, and a drain would see two."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @dataclass(slots=True)
@@ -65,10 +57,9 @@ class Gateway:
     directory: Directory
     carrier: Carrier
     observe: Observe
-    stop: Stop
-    rest: Rest | None = None
-    rest_socket: socket.socket | None = None
+    keys: Keys
     registry: Registry | None = None
+    rest: HttpServer | None = None
 
 
 async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
@@ -82,7 +73,7 @@ async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
     own_signals = stop is None
     stop = stop or Stop()
     try:
-        gateway = _compose(settings, gateway_id, stop)
+        gateway = _compose(settings, gateway_id)
         bound, host, advertised_port = await _listen(gateway)
     except (ValueError, OSError, RegistryError) as error:
         print(f"infermesh: {error}", file=sys.stderr)
@@ -120,7 +111,7 @@ async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
     return code
 
 
-def _compose(settings: GatewaySettings, gateway_id: str, stop: Stop) -> Gateway:
+def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     keys = load_keys(settings.keys)
     operator_key = _secret(settings.operator_key_file, "operator_key_file")
     salt = _secret(settings.salt_file, "salt_file") or operator_key or "infermesh"
@@ -146,31 +137,19 @@ def _compose(settings: GatewaySettings, gateway_id: str, stop: Stop) -> Gateway:
     door = rpc.Door(forwarder, keys, observe)
     server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door)))
     mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys), server.grpc)
-    gateway = Gateway(settings, server, forwarder, directory, carrier, observe, stop, registry=registry)
-    if settings.http:
-        gateway.rest = _rest(gateway, keys)
-    return gateway
+    return Gateway(settings, server, forwarder, directory, carrier, observe, keys, registry)
 
 
-def _rest(gateway: Gateway, keys: Keys) -> Rest:
-    from services.gateway.front.rest import build_app
+def _rest(gateway: Gateway, keys: Keys) -> HttpServer:
+    """Binds the REST door. Raises OSError."""
 
     def draining() -> bool:
         return gateway.server.gate.phase is not Phase.SERVING
 
-    limits, observe = gateway.settings.limits, gateway.observe
-    app = build_app(gateway.forwarder, gateway.directory, keys, limits, observe, draining)
-    config = uvicorn.Config(
-        app,
-        http="httptools",
-        lifespan="off",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        date_header=True,
-        timeout_graceful_shutdown=max(1, round(gateway.settings.grace_s)),
-    )
-    return Rest(config)
+    settings = gateway.settings
+    app = build_app(gateway.forwarder, gateway.directory, keys, settings.limits, gateway.observe, draining)
+    host, port = split_address(settings.http)
+    return build_http_server(app, host, port, settings.limits)
 
 
 async def _listen(gateway: Gateway) -> tuple[int, str, int]:
@@ -178,30 +157,14 @@ async def _listen(gateway: Gateway) -> tuple[int, str, int]:
     settings = gateway.settings
     host, _ = split_address(settings.grpc)
     shown, port = advertised(settings.advertise or None, host, settings.registry or None)
-    if gateway.rest is not None:
-        gateway.rest_socket = _bind(settings.http)
+    if settings.http:
+        gateway.rest = _rest(gateway, gateway.keys)
     try:
         return await gateway.server.start(settings.grpc, [MESH]), shown, port
     except OSError:
-        if gateway.rest_socket is not None:
-            gateway.rest_socket.close()
+        if gateway.rest is not None:
+            gateway.rest.close()
         raise
-
-
-def _bind(address: str) -> socket.socket:
-    """Raises OSError that says which address and what to do."""
-    host, port = split_address(address)
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(where)
-        listener.listen(1024)  # at once: a second gateway must not be able to bind the same port
-    except OSError as error:
-        listener.close()
-        raise OSError(f"cannot listen on {address}: {error.strerror}; choose another one with --http") from None
-    listener.setblocking(False)
-    return listener
 
 
 def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
@@ -210,7 +173,7 @@ def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
     if gateway.registry is not None:
         jobs["registry"] = gateway.directory.watch(gateway.registry)
     if gateway.rest is not None:
-        jobs["rest"] = gateway.rest.serve(sockets=[gateway.rest_socket] if gateway.rest_socket else None)
+        jobs["rest"] = gateway.rest.serve()
     return [asyncio.create_task(job, name=name) for name, job in jobs.items()]
 
 
@@ -239,8 +202,7 @@ async def _leave(gateway: Gateway, gateway_id: str, tasks: list[asyncio.Task[Non
     except TimeoutError:
         log.warning("grace period over", still_running=gateway.forwarder.budget.live)
     if gateway.rest is not None:
-        gateway.rest.should_exit = True
-        gateway.rest.force_exit = not gateway.forwarder.idle.is_set()
+        gateway.rest.stop(REST_STOP_S)
     await gateway.server.stop(STOP_S)
     rest = [task for task in tasks if task.get_name() == "rest"]
     if rest:
@@ -265,10 +227,10 @@ def _secret(path: Path | None, key: str) -> str:
 
 
 def _http_address(gateway: Gateway) -> str:
-    if gateway.rest_socket is None:
+    if gateway.rest is None:
         return ""
-    host, port = gateway.rest_socket.getsockname()[:2]
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    host, _ = split_address(gateway.settings.http)
+    return f"[{host}]:{gateway.rest.port}" if ":" in host else f"{host}:{gateway.rest.port}"
 
 
 def _ready(gateway: Gateway, endpoint: Endpoint, port: int) -> None:
@@ -276,8 +238,10 @@ def _ready(gateway: Gateway, endpoint: Endpoint, port: int) -> None:
     path = gateway.settings.ready_file
     if path is None:
         return
+    host, _ = split_address(gateway.settings.grpc)
+    bound = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     facts = {"id": endpoint.id, "address": endpoint.address, "port": port, "pid": os.getpid()}
-    facts["http"] = _http_address(gateway)
+    facts |= {"grpc": bound, "http": _http_address(gateway)}
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(facts))
     partial.replace(path)

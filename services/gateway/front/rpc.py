@@ -105,7 +105,11 @@ def handlers(door: Door, embed_stream: Callable[..., Awaitable[None]]) -> tuple[
     for method in Method:
         _, service, name = method.path.split("/")
         services.setdefault(service, {})[name] = _handler(door, method)
-    services[EMBEDDING]["EmbedStream"] = grpc.stream_stream_rpc_method_handler(embed_stream)
+
+    async def stream(requests: Any, context: Context) -> None:  # grpc takes only real coroutine functions
+        await embed_stream(requests, context)
+
+    services[EMBEDDING]["EmbedStream"] = grpc.stream_stream_rpc_method_handler(stream)
     services[RETRIEVE] = {"Answer": grpc.unary_stream_rpc_method_handler(_no_answer)}
     return tuple(grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items())
 

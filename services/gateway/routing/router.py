@@ -300,10 +300,13 @@ class Router:
         del self.fleet.instances[instance.id]
         self.fleet.index()
         life = (instance.id, instance.endpoint.incarnation)
-        if not instance.ledger.entries:
-            return [Eject(instance.id, why), Close(*life)]
-        self.fleet.leaving[life] = instance
-        return [Eject(instance.id, why)]
+        told = instance.state in (State.LOST, State.DRAINING)
+        effects: list[Effect] = [] if told else [Eject(instance.id, why)]
+        if instance.ledger.entries:
+            self.fleet.leaving[life] = instance
+        else:
+            effects.append(Close(*life))
+        return effects
 
     def _hear(self, id: str, incarnation: int, why: str, now: float, **said: object) -> list[Effect]:
         instance = self.fleet.instances.get(id)
