@@ -21,6 +21,7 @@ from services.llm.engines.openai_http import OpenAiHttpEngine
 from services.llm.engines.openai_reply import SseLines, error_of
 from services.llm.engines.openai_wire import Upstream, chat_body, complete_body
 from services.llm.settings import LlmSettings
+from tests.kit.mesh import running_mesh
 
 
 class Fake:
@@ -451,3 +452,29 @@ def test_versions_and_error_bodies() -> None:
     assert at_least("0.11.0", 0, 11) and at_least("0.32.1.dev3", 0, 11) and not at_least("0.9.2", 0, 11)
     assert at_least("", 0, 11)
     assert "(HTTP 418)" in error_of(418, b"").message
+
+
+async def test_our_own_gateway_can_be_adopted_too(tmp_path: Path) -> None:
+    """A caller's gRPC -> gateway -> openai-http instance -> the same gateway's REST -> scripted instance."""
+    async with running_mesh(tmp_path, {"scripted": ()}, http="127.0.0.1:0") as mesh:
+        url = mesh.http if "://" in mesh.http else f"http://{mesh.http}"
+        flags = ("--engine", "openai-http", "--source", url, "--upstream-model", "chat")
+        await mesh.start("adopted", *flags, model="second")
+        await mesh.healthy("adopted")
+        stub = await mesh.direct("adopted")
+        for target in (mesh.llm, stub):
+            request = chat("one two", sampling=lm.Sampling(max_tokens=12, stop=["w9"], min_tokens=3, logprobs=1))
+            request.model = "second"
+            replies = [reply async for reply in target.Chat(request, timeout=20)]
+            assert replies[0].started.model == "second" and replies[0].started.instance_id == "adopted"
+            assert "".join(d.content for r in replies for d in r.deltas) == " w0 w1 w2 w3 w4 w5 w6 w7 w8 "
+            last = [delta for reply in replies for delta in reply.deltas][-1]
+            assert (last.finish, last.stop_text) == (lm.FINISH_STOP, "w9")
+            assert (replies[-1].usage.prompt_tokens, replies[-1].usage.completion_tokens) == (4, 10)
+            assert len([entry for r in replies for d in r.deltas for entry in d.logprobs]) == 10
+        complete = lm.CompleteRequest(model="second", text="a b c", sampling=lm.Sampling(max_tokens=4), echo=True)
+        replies = [reply async for reply in stub.Complete(complete, timeout=20)]
+        assert "".join(d.content for r in replies for d in r.deltas) == "a b c w0 w1 w2 w3"
+        tokens = await stub.Tokenize(lm.TokenizeRequest(model="second", text="a b c"))
+        assert len(tokens.token_ids) == 3
+        assert (await stub.Detokenize(lm.DetokenizeRequest(model="second", token_ids=tokens.token_ids))).text == "a b c"

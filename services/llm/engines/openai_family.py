@@ -62,7 +62,7 @@ LLAMA_CPP = Family(
 )
 OLLAMA = Family("ollama", {}, frozenset(("tools", "json_schema", "json_object")))
 # Our own gateway: its REST face takes vLLM's names.
-INFERMESH = Family("infermesh", VLLM.sampling, VLLM.features - {"prefix_salt", "tokenize_chat", "token_ids"})
+INFERMESH = Family("infermesh", VLLM.sampling, VLLM.features - {"prefix_salt", "usage_each"})
 
 _BY_OWNER = {
     "vllm": VLLM,
