@@ -1,11 +1,11 @@
 """What the gateway costs: direct versus through it, gRPC and REST, unary and streaming, in one run on one machine.
 
-    make bench                     about a minute; prints a table and writes docs/bench.md with --write
+    make bench                     about two minutes; prints a table, and writes docs/bench.md with ARGS=--write
 
-Two processes serve: one scripted instance that answers as fast as it can, and a gateway. The client is a third one (this).
-`CPU` is the gateway process's own user + system time, divided by requests or by streamed tokens. `longest hold` is the
-longest time that one step kept the gateway's event loop, over everything above, a 5 MB body and a reply of 2,048 × 1,024
-floats included.
+Scripted instances serve, one that answers at once (unary) and one with a step of 5 ms (streams, an event a token). They,
+the gateway and this client are a process each. `gateway CPU` is the gateway process's own user + system time, divided by
+requests or by streamed tokens. `longest hold` is the longest time that one step kept the gateway's event loop, over
+everything above it, a 5 MB body and a reply of 2,048 × 1,024 floats included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-import orjson
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,11 +34,13 @@ from load import Run, grpc_load, rest_load
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 256
+STEP_MS = 5.0  # of the instance that streams: one event a token, as engines do
 
 
 @dataclass(frozen=True)
 class Mesh:
-    direct: str  # host:port of the instance
+    fast: str  # host:port of the instance that answers at once
+    paced: str  # of the one with a step of STEP_MS
     grpc: str
     http: str
     gateway: psutil.Process
@@ -77,7 +78,7 @@ def mesh() -> Iterator[Mesh]:
     infermesh = (sys.executable, "-P", "-m", "infermesh.cli")
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder)
-        files = {name: run / f"{name}.json" for name in ("registry", "llm", "embedding", "gateway")}
+        files = {name: run / f"{name}.json" for name in ("registry", "fast", "paced", "embedding", "gateway")}
         logs = {name: run / f"{name}.log" for name in files}
 
         def begin(name: str, *command: str):
@@ -88,21 +89,25 @@ def mesh() -> Iterator[Mesh]:
         ) as registry:
             url = f"mesh://{ready(files['registry'], registry, logs['registry'])['address']}"
             joined = ("--registry", url)
-            llm = (*infermesh, "llm", "--engine", "scripted", "--model", "scripted", "--max-running", "1024", *joined)
+            llm = (*infermesh, "llm", "--engine", "scripted", "--max-running", "1024", *joined)
+            fast = (*llm, "--model", "fast", "--ready-file", str(files["fast"]))
+            paced = (*llm, "--model", "paced", "--step-ms", str(STEP_MS), "--ready-file", str(files["paced"]))
             wide = (sys.executable, str(ROOT / "tests/bench/wide_embedding.py"), url, str(files["embedding"]))
             gate = (*infermesh, "gateway", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", *joined)
             with (
-                begin("llm", *llm, "--ready-file", str(files["llm"])) as instance,
+                begin("fast", *fast) as first,
+                begin("paced", *paced) as second,
                 begin("embedding", *wide) as embedding,
                 begin("gateway", *gate, "--ready-file", str(files["gateway"])) as gateway,
             ):
-                served = ready(files["llm"], instance, logs["llm"])
+                addresses = [
+                    str(ready(files[name], process, logs[name])["address"])
+                    for name, process in (("fast", first), ("paced", second))
+                ]
                 ready(files["embedding"], embedding, logs["embedding"])
                 fronts = ready(files["gateway"], gateway, logs["gateway"])
                 time.sleep(1.5)  # the gateway links to both
-                yield Mesh(
-                    str(served["address"]), str(fronts["grpc"]), f"http://{fronts['http']}", psutil.Process(gateway.pid)
-                )
+                yield Mesh(*addresses, str(fronts["grpc"]), f"http://{fronts['http']}", psutil.Process(gateway.pid))
 
 
 def cpu_s(process: psutil.Process) -> float:
@@ -134,20 +139,19 @@ class Row:
 
 async def measure(fleet: Mesh, scale: float) -> list[Row]:
     rows = []
-    for unary, clients, count in ((True, 1, 1500), (True, 16, 6000), (False, 1, 40), (False, 16, 320)):
+    for unary, clients, count in ((True, 1, 1500), (True, 16, 6000), (False, 1, 8), (False, 16, 128)):
         tokens = 1 if unary else TOKENS
-        count = max(clients, int(count * scale))
+        model, direct = ("fast", fleet.fast) if unary else ("paced", fleet.paced)
         mode = "unary" if unary else f"stream of {TOKENS}"
-        shape = {"tokens": tokens, "unary": unary, "clients": clients, "count": count}
+        shape = {"tokens": tokens, "unary": unary, "clients": clients, "count": max(clients, int(count * scale))}
         for name, front in (("direct gRPC", None), ("gateway gRPC", "grpc"), ("gateway REST", "http")):
             before = cpu_s(fleet.gateway)
             if front == "http":
-                run = await rest_load(fleet.http, "scripted", **shape)
+                run = await rest_load(fleet.http, model, **shape)
             else:
-                run = await grpc_load(fleet.grpc if front else fleet.direct, "scripted", **shape)
+                run = await grpc_load(fleet.grpc if front else direct, model, **shape)
             spent = (cpu_s(fleet.gateway) - before) if front else None
-            done = len(run.latencies) * (1 if unary else TOKENS)
-            cpu = None if spent is None else spent / done * 1e6
+            cpu = None if spent is None else spent / (len(run.latencies) if unary else run.events) * 1e6
             rows.append(Row(f"{name}, {mode}", clients, run, cpu, "request" if unary else "token"))
             print("  " + " | ".join(rows[-1].cells()), file=sys.stderr, flush=True)
     return rows
@@ -161,17 +165,19 @@ async def big_ones(fleet: Mesh) -> list[str]:
         bodies = {
             "5 MB prompt": (
                 "chat/completions",
-                {"model": "scripted", "messages": [{"role": "user", "content": words}]},
+                {"model": "fast", "messages": [{"role": "user", "content": words}]},
             ),
             "2,048 × 1,024 floats": ("embeddings", {"model": "wide", "input": ["x"] * 2048}),
             "the same, base64": ("embeddings", {"model": "wide", "input": ["x"] * 2048, "encoding_format": "base64"}),
         }
         for name, (path, body) in bodies.items():
             begun = time.perf_counter()
-            async with session.post(f"{fleet.http}/v1/{path}", data=orjson.dumps(body)) as reply:
+            async with session.post(f"{fleet.http}/v1/{path}", json=body) as reply:
                 size = len(await reply.read())
                 took = time.perf_counter() - begun
                 lines.append(f"{name}: HTTP {reply.status}, {size / 1e6:.1f} MB in {took * 1000:.0f} ms")
+                if path == "embeddings" and reply.status != 200:
+                    raise SystemExit(f"{name}: {await reply.text()}")
     return lines
 
 

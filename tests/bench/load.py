@@ -56,7 +56,8 @@ async def closed_loop(one: Callable[[], Awaitable[int]], clients: int, count: in
         while left > 0 and time.perf_counter() - started < LIMIT_S:
             left -= 1
             begun = time.perf_counter()
-            run.events += await one()
+            events = await one()
+            run.events += events
             run.latencies.append(time.perf_counter() - begun)
 
     await asyncio.gather(*(client() for _ in range(clients)))

@@ -1,4 +1,4 @@
-"""An embedding instance that answers at once with 2,048 × 1,024 floats: what the gateway's loop must carry in a bench."""
+"""An embedding instance that answers at once with 2,048 × 1,024 floats: what a bench of the gateway's loop needs."""
 
 from __future__ import annotations
 
