@@ -35,6 +35,35 @@ class _HeadersTooLarge(Exception):
     pass
 
 
+class _Corked:
+    """A cycle's transport that holds the status line back until there is a body: one system call instead of two."""
+
+    __slots__ = ("_cycle", "_head", "_transport")
+
+    def __init__(self, cycle: Any) -> None:
+        self._cycle = cycle
+        self._transport = cycle.transport
+        self._head = b""
+
+    def write(self, data: bytes) -> None:
+        if self._head:
+            self._cycle.transport = self._transport
+            self._transport.write(self._head + data)
+        elif self._cycle.response_started:
+            self._head = data
+        else:  # 100 Continue
+            self._transport.write(data)
+
+    def close(self) -> None:
+        if self._head:
+            self._transport.write(self._head)
+        self._transport.close()
+
+    def is_closing(self) -> bool:
+        closing: bool = self._transport.is_closing()
+        return closing
+
+
 class GuardedProtocol(HttpToolsProtocol):
     """uvicorn's httptools protocol (strict: it refuses two lengths, two framings and bare line feeds) with patience."""
 
@@ -100,6 +129,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._cancel_timer()
         super().on_headers_complete()
+        self.cycle.transport = _Corked(self.cycle)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         self._cancel_timer()
