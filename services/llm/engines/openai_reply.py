@@ -132,7 +132,7 @@ class Reply:
         )
         if delta.content or delta.reasoning or delta.tool_calls or delta.token_ids:
             self._counted += 1
-        elif not choice.get("finish_reason"):
+        elif not (delta.logprobs or choice.get("finish_reason")):
             return None
         if choice.get("finish_reason"):
             delta.finish = _FINISH.get(choice["finish_reason"], lm.FINISH_STOP)

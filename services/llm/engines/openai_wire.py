@@ -108,6 +108,8 @@ def _sampling(sampling: lm.Sampling, upstream: Upstream) -> Body:
         elif name == "logit_bias":
             upstream.needs("logit_bias", "sampling.logit_bias")
             body["logit_bias"] = {str(token): _plain(bias) for token, bias in value.items()}
+        elif name == "max_tokens" and upstream.context:
+            body[name] = min(value, upstream.context - 1)  # an upper bound; servers refuse what exceeds the context
         elif name in names:
             body[names[name]] = _plain(value)
         else:
