@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
@@ -113,6 +114,10 @@ def _programs(fleet: Fleet, instances: Sequence[Instance], host: Host, shared: S
 
 
 def _program(id: str, kind: str, made: Command, ready: Path) -> Program:
+    if shutil.which(made.argv[0]) is None:
+        raise ValueError(
+            f"{id}: its interpreter {made.argv[0]} is not there or cannot be run; see `python:` in the fleet"
+        )
     for path, text in made.files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

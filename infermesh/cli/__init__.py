@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 DONE, FAILED, BAD_USAGE = 0, 1, 2
+INTERRUPTED = 130  # typer's own code for Ctrl-C
 
 
 class Failure(Exception):
@@ -30,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         words = list(sys.argv[1:] if argv is None else argv) or ["--help"]
         code = root().main(args=words, prog_name="infermesh", standalone_mode=False)
         sys.stdout.flush()
+        if code == INTERRUPTED:
+            return _tell("infermesh: stopped", FAILED)
         return code if isinstance(code, int) else DONE
     except UsageError as error:
         context = getattr(error, "ctx", None)
