@@ -40,6 +40,8 @@ def unary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any
     @wraps(handler)
     async def answer(self: object, request: object, context: Context) -> Any:
         try:
+            if isinstance(request, MeshError):  # it could not be decoded, see server.py
+                raise request
             return await handler(self, request, context)
         except (grpc.aio.AbortError, asyncio.CancelledError):
             raise
@@ -52,6 +54,8 @@ def unary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any
 def stream(handler: Callable[..., AsyncIterator[Any]]) -> Callable[..., AsyncIterator[Any]]:
     @wraps(handler)
     async def answer(self: object, request: object, context: Context) -> AsyncIterator[Any]:
+        if isinstance(request, MeshError):  # it could not be decoded, see server.py
+            await abort(context, request)
         events = handler(self, request, context)
         try:
             async for event in events:

@@ -7,6 +7,7 @@ from enum import Enum
 
 import grpc
 import grpc.aio
+from google.protobuf.message import DecodeError
 from grpc_channelz.v1 import channelz
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
@@ -30,15 +31,41 @@ class Gate(grpc.aio.ServerInterceptor):
     def __init__(self, guarded: Iterable[str]) -> None:
         self.phase = Phase.STARTING
         self._guarded = tuple(f"/{name}/" for name in guarded)
+        self._handlers: dict[str, Handler] = {}
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> Handler:
-        if self.phase is not Phase.SERVING and handler_call_details.method.startswith(self._guarded):
+        method = handler_call_details.method
+        if not method.startswith(self._guarded):
+            return await continuation(handler_call_details)
+        if self.phase is not Phase.SERVING:
             return _REFUSALS[self.phase]
-        return await continuation(handler_call_details)
+        if method not in self._handlers:
+            handler = await continuation(handler_call_details)
+            if handler is None:
+                return handler
+            self._handlers[method] = _decoding(handler)
+        return self._handlers[method]
+
+
+def _decoding(handler: Handler) -> Handler:
+    """The same handler; a request that cannot be decoded reaches `rpc.unary` and `rpc.stream` as the error it is.
+    grpc itself would answer UNKNOWN and log a traceback for it.
+    """
+    decode = handler.request_deserializer
+    if decode is None:
+        return handler
+
+    def attempt(data: bytes) -> object:
+        try:
+            return decode(data)
+        except DecodeError:
+            return MeshError(Reason.INVALID_ARGUMENT, "the request is not a message of this type")
+
+    return handler._replace(request_deserializer=attempt)  # type: ignore[attr-defined]
 
 
 def _refusal(error: MeshError) -> Handler:
