@@ -163,8 +163,9 @@ class Watcher:
             changed.set()
 
     async def _ask(self, view: KindView) -> Answer:
-        # While something is held against the registry's word, look each second: a hold must end on time.
-        wait_s = min(1.0, self._wait_s) if view.young else self._wait_s
+        # While Consul is doubted (leaderless, or something is held against its word), look each second: both must end
+        # on time, and neither changes the index.
+        wait_s = min(1.0, self._wait_s) if view.young or view.stale else self._wait_s
         answer = await self._calls.listing(service_name(self._prefix, view.kind), view.index, wait_s)
         if answer.filtered and not answer.items:
             raise Refused("the token may not read the mesh's services; it needs service_prefix and node_prefix read")

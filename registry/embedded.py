@@ -129,7 +129,7 @@ class MeshRegistry:
             error = state.outcome.exception() if state.outcome else None
             if view.live or not view.known:
                 log.warning("a registry is out of reach (%s)", brief(error))
-            view.lost()
+            merged.lost(view)
             changed.set()
 
         while True:
@@ -137,7 +137,7 @@ class MeshRegistry:
                 await patiently(LOST, lost, most_s=1.0)(listen)
             except Exception:
                 log.exception("reading a registry failed; it goes on")
-                view.lost()
+                merged.lost(view)
                 changed.set()
                 await asyncio.sleep(1.0)
 

@@ -82,6 +82,11 @@ class MergedView:
         self._left |= left
         self._reborn = self._reborn or fresh
 
+    def lost(self, view: HostView) -> None:
+        """A registry's stream broke: what only that one listed is doubted, not gone."""
+        view.lost()
+        self._reborn = True
+
     def snapshot(self, now: float) -> Snapshot:
         """What to show now."""
         live = [view for view in self.views if view.live]
