@@ -6,6 +6,7 @@ import asyncio
 import base64
 import hashlib
 import json
+import socket
 import struct
 import time
 
@@ -290,6 +291,18 @@ async def test_models_tokens_health_and_the_rest():
         assert ready.status == 503 and ready.error["code"] == "draining"
         assert ready.headers["connection"] == "close"
         assert (await ask(server, "/healthz", method="GET")).status == 200
+
+
+async def test_head_and_small_packets():
+    async with serve_rest() as server:
+        async with connection(server) as client:
+            for _ in range(2):
+                await client.send(raw_request("/healthz", None, method="HEAD"))
+                status, headers = await asyncio.wait_for(client.head(), 2)
+                assert status == 200 and headers["content-length"] == "15"
+            (accepted,) = server.server.server_state.connections
+            held_back = accepted.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            assert held_back, "Nagle's algorithm would hold tokens back for 40 ms"
 
 
 async def test_headers_become_hints_deadline_and_trace():

@@ -129,7 +129,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._body_bytes = 0
         self._cancel_timer()
         super().on_headers_complete()
-        self.cycle.transport = _Corked(self.cycle)  # type: ignore[assignment]
+        if self.scope["method"] != "HEAD":  # its answer has no body to wait for
+            self.cycle.transport = _Corked(self.cycle)  # type: ignore[assignment]
 
     def on_message_complete(self) -> None:
         self._cancel_timer()
