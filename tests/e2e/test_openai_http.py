@@ -16,6 +16,7 @@ from infermesh.errors import MeshError, Reason
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Relay, TokenIds
 from services.llm.engine import EngineInfo, Event
+from services.llm.engines import openai_http
 from services.llm.engines.openai_http import OpenAiHttpEngine
 from services.llm.engines.openai_reply import SseLines
 from services.llm.settings import LlmSettings
@@ -305,6 +306,17 @@ async def test_a_server_that_goes_silent_or_away_is_lost() -> None:
         with pytest.raises(MeshError) as caught:
             await collect(engine.chat(chat()))
         assert caught.value.reason is Reason.INSTANCE_LOST and "cannot be reached" in caught.value.message
+
+
+async def test_it_is_dead_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_http, "WATCH_S", 0.02)
+    monkeypatch.setattr(openai_http, "GONE_AFTER_S", 0.2)
+    async with adopted(Fake()) as (engine, _):
+        died = asyncio.create_task(engine.died())
+        await asyncio.sleep(0.4)
+        assert not died.done()
+        engine._base = "http://127.0.0.1:1"
+        assert "nobody has answered" in await asyncio.wait_for(died, 5)
 
 
 async def test_the_key_is_read_from_its_file_and_sent(tmp_path: Path) -> None:
