@@ -1,0 +1,112 @@
+"""The REST front over the real forwarder and scripted instances in processes of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from infermesh.v1.mesh_pb2 import ListInstancesRequest
+from tests.e2e.rest_server import ask, connection, raw_request, sse_events
+from tests.e2e.test_rest_bad_input import CHAT, INVALID_CHAT, RAW, UNSUPPORTED_CHAT
+from tests.kit.mesh import TestMesh, running_mesh, until
+
+FAST = ("--prefill-tps", "1e6", "--step-ms", "1")
+SLOW = ("--prefill-tps", "1e6", "--step-ms", "20")
+
+
+@dataclass
+class Http:
+    """Where to send requests, as the test client wants it."""
+
+    port: int
+
+
+def rest(mesh: TestMesh) -> Http:
+    return Http(int(mesh.http.rpartition(":")[2]))
+
+
+async def loads(mesh: TestMesh) -> int:
+    """What runs and waits, by the instances' own count and the gateway's."""
+    listed = await mesh.mesh.ListInstances(ListInstancesRequest())
+    return sum(one.in_flight + one.load.running + one.load.waiting for one in listed.instances)
+
+
+async def test_bad_chats_against_the_real_forwarder(tmp_path):
+    async with running_mesh(tmp_path, {"a": FAST}, http="127.0.0.1:0") as mesh:
+        server: Any = rest(mesh)
+        for code, table in (("invalid_argument", INVALID_CHAT), ("unsupported", UNSUPPORTED_CHAT)):
+            for change, param in table:
+                answer = await ask(server, "/v1/chat/completions", CHAT | change)
+                told = (answer.status, answer.error["code"], answer.error["param"])
+                assert told == (400, code, param), answer.body[:300]
+        for name, body in RAW.items():
+            assert (await ask(server, "/v1/chat/completions", body)).status == 400, name
+        missing = await ask(server, "/v1/chat/completions", CHAT | {"model": "nope"})
+        assert missing.status == 404 and missing.error["code"] == "model_not_found"
+        good = await ask(server, "/v1/chat/completions", CHAT | {"max_tokens": 3})
+        assert good.status == 200 and good.headers["x-infermesh-instance-id"] == "a"
+        assert await loads(mesh) == 0
+
+
+async def test_a_hundred_clients_vanish_and_the_engine_is_idle(tmp_path):
+    async with running_mesh(tmp_path, {"a": (*SLOW, "--max-running", "128")}, http="127.0.0.1:0") as mesh:
+        server: Any = rest(mesh)
+        writers = []
+        for number in range(100):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.port)
+            body = CHAT | {"stream": number % 2 == 0, "max_tokens": 2000, "ignore_eos": True}
+            writer.write(raw_request("/v1/chat/completions", body))
+            writers.append(writer)
+
+        async def all_run() -> bool:
+            listed = await mesh.mesh.ListInstances(ListInstancesRequest())
+            return sum(one.load.running for one in listed.instances) == 100
+
+        await until(all_run, 15)
+        begun = time.monotonic()
+        for writer in writers:
+            writer.transport.abort()
+
+        async def idle() -> bool:
+            return await loads(mesh) == 0
+
+        await until(idle, 5)
+        assert time.monotonic() - begun < 1.0
+
+
+async def test_an_instance_dies(tmp_path):
+    """Before the first token another one answers; after it, the stream ends with an error and no [DONE]."""
+    async with running_mesh(tmp_path, {"a": SLOW, "b": SLOW}, http="127.0.0.1:0") as mesh:
+        server: Any = rest(mesh)
+        async with connection(server) as client:
+            await client.send(raw_request("/v1/chat/completions", CHAT | {"stream": True, "max_tokens": 1000}))
+            _, headers = await client.head()
+            await client.chunk()
+            mesh.instances[headers["x-infermesh-instance-id"]].kill()
+            parts = []
+            while part := await asyncio.wait_for(client.chunk(), 5):
+                parts.append(part)
+        assert b'"error"' in parts[-1] and b"[DONE]" not in parts[-1]
+        answer = await ask(server, "/v1/chat/completions", CHAT | {"stream": True, "max_tokens": 4})
+        assert answer.status == 200 and sse_events(answer)[-1] == "[DONE]"
+        assert answer.headers["x-infermesh-instance-id"] != headers["x-infermesh-instance-id"]
+
+
+async def test_metrics_and_readiness(tmp_path):
+    async with running_mesh(tmp_path, {"a": FAST}, http="127.0.0.1:0") as mesh:
+        server: Any = rest(mesh)
+        assert (await ask(server, "/readyz", method="GET")).status == 200
+        await ask(server, "/v1/chat/completions", b"{")
+        metrics = await ask(server, "/metrics", method="GET")
+        assert metrics.status == 200 and b"infermesh" in metrics.body
+        mesh.instances["a"].kill()
+
+        async def unready() -> bool:
+            return (await ask(server, "/readyz", method="GET")).status == 503
+
+        await until(unready, 10)
+        lost = await ask(server, "/v1/chat/completions", CHAT)
+        assert lost.status in (404, 503), lost.body
+        assert lost.error["code"] in ("no_instance", "model_not_found")
