@@ -9,7 +9,7 @@ import secrets
 import socket
 import subprocess
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,12 @@ from aiohttp import web
 
 from registry.address import open_registry
 from registry.consul import ConsulRegistry, ConsulSettings, Tls
-from registry.endpoint import Endpoint, to_metadata
+from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
 from tests.kit.consul import ConsulServer, NoConsul, consul_binary
+from tests.kit.fake_consul import FakeConsul, Handler
 from tests.kit.registered_instance import health_server
 from tests.kit.registries import Watching, ids
-
-Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
 def endpoint(id: str, port: int = 1) -> Endpoint:
@@ -63,38 +62,9 @@ async def healthy() -> AsyncIterator[int]:
 # -- a Consul that misbehaves (a fake: the real one cannot be told to) -----------------------------------------------
 
 
-class Fake:
-    """Answers health queries with whatever `answer` does; counts them."""
-
-    def __init__(self) -> None:
-        self.answer: Handler = self.fine
-        self.known: list[str] = ["a", "b"]
-        self.index = 100
-        self.queries: list[tuple[float, dict[str, str]]] = []
-        self.put_status = 200
-
-    async def fine(self, request: web.Request) -> web.StreamResponse:
-        if int(request.query.get("index", 0)) == self.index:
-            await asyncio.sleep(0.2)
-        return web.json_response([self.node(id) for id in self.known], headers={"X-Consul-Index": str(self.index)})
-
-    @staticmethod
-    def node(id: str) -> dict[str, Any]:
-        service = {"ID": id, "Address": "127.0.0.1", "Port": 1, "Meta": to_metadata(endpoint(id)), "CreateIndex": 1}
-        service["Meta"] = {**to_metadata(replace(endpoint(id), incarnation=1))}
-        return {"Node": {"Address": "127.0.0.1"}, "Service": service, "Checks": []}
-
-    async def health(self, request: web.Request) -> web.StreamResponse:
-        self.queries.append((time.monotonic(), dict(request.query)))
-        return await self.answer(request)
-
-    async def put(self, request: web.Request) -> web.StreamResponse:
-        return web.Response(status=self.put_status, text="told so")
-
-
 @pytest.fixture
-async def fake() -> AsyncIterator[tuple[Fake, int]]:
-    made = Fake()
+async def fake() -> AsyncIterator[tuple[FakeConsul, int]]:
+    made = FakeConsul()
     app = web.Application()
     app.router.add_get("/v1/health/service/{name}", made.health)
     app.router.add_put("/v1/agent/service/register", made.put)
@@ -148,7 +118,7 @@ async def _half_a_body(request: web.Request) -> web.StreamResponse:
     [_server_error, _too_many, _forbidden, _filtered, _no_json, _no_index, _an_object, _half_a_body],
     ids=lambda bad: bad.__name__.strip("_"),
 )
-async def test_bad_answers_leave_the_last_known_set(fake: tuple[Fake, int], bad: Handler) -> None:
+async def test_bad_answers_leave_the_last_known_set(fake: tuple[FakeConsul, int], bad: Handler) -> None:
     consul, port = fake
     async with watched(ConsulRegistry(ConsulSettings(port=port)), "llm") as watching:
         await watching.until(lambda s: ids(s) == {"a", "b"}, 2)
@@ -162,7 +132,7 @@ async def test_bad_answers_leave_the_last_known_set(fake: tuple[Fake, int], bad:
         await watching.until(lambda s: not s.stale and ids(s) == {"a", "b"}, 3)
 
 
-async def test_a_body_that_never_ends_is_cut_off(fake: tuple[Fake, int]) -> None:
+async def test_a_body_that_never_ends_is_cut_off(fake: tuple[FakeConsul, int]) -> None:
     consul, port = fake
     released = asyncio.Event()
 
@@ -184,7 +154,7 @@ async def test_a_body_that_never_ends_is_cut_off(fake: tuple[Fake, int]) -> None
         released.set()
 
 
-async def test_no_answer_at_all_gives_an_empty_stale_set_first(fake: tuple[Fake, int]) -> None:
+async def test_no_answer_at_all_gives_an_empty_stale_set_first(fake: tuple[FakeConsul, int]) -> None:
     consul, port = fake
 
     async def silent(_: web.Request) -> web.StreamResponse:
@@ -196,7 +166,7 @@ async def test_no_answer_at_all_gives_an_empty_stale_set_first(fake: tuple[Fake,
         await watching.until(lambda s: s.stale and not s.entries, 3)
 
 
-async def test_an_index_that_goes_backwards_is_asked_anew_and_nothing_is_dropped(fake: tuple[Fake, int]) -> None:
+async def test_an_index_that_goes_backwards_is_asked_anew_and_nothing_is_dropped(fake: tuple[FakeConsul, int]) -> None:
     consul, port = fake
     async with watched(ConsulRegistry(ConsulSettings(port=port)), "llm") as watching:
         await watching.until(lambda s: ids(s) == {"a", "b"}, 2)
@@ -210,7 +180,7 @@ async def test_an_index_that_goes_backwards_is_asked_anew_and_nothing_is_dropped
         assert all({"a", "b"} <= ids(s) for _, s in watching.seen)
 
 
-async def test_every_query_allows_stale_reads_and_waits_within_its_deadline(fake: tuple[Fake, int]) -> None:
+async def test_every_query_allows_stale_reads_and_waits_within_its_deadline(fake: tuple[FakeConsul, int]) -> None:
     consul, port = fake
     async with watched(ConsulRegistry(ConsulSettings(port=port)), "llm") as watching:
         await watching.until(lambda s: len(s.entries) == 2, 2)
@@ -219,7 +189,7 @@ async def test_every_query_allows_stale_reads_and_waits_within_its_deadline(fake
     assert consul.queries[-1][1]["wait"] == "4000ms"
 
 
-async def test_an_index_that_churns_makes_no_storm(fake: tuple[Fake, int]) -> None:
+async def test_an_index_that_churns_makes_no_storm(fake: tuple[FakeConsul, int]) -> None:
     consul, port = fake
 
     async def churning(request: web.Request) -> web.StreamResponse:
@@ -235,7 +205,7 @@ async def test_an_index_that_churns_makes_no_storm(fake: tuple[Fake, int]) -> No
 
 
 @pytest.mark.parametrize("status", [400, 403, 405])
-async def test_a_refusal_for_good_is_told(fake: tuple[Fake, int], status: int) -> None:
+async def test_a_refusal_for_good_is_told(fake: tuple[FakeConsul, int], status: int) -> None:
     consul, port = fake
     consul.put_status = status
     registry = ConsulRegistry(ConsulSettings(port=port))
