@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 SPEED = ("prefill_tps", "prefill_doubling_ctx", "step_ms", "kv_us_per_ktoken")
 VLLM = (
     *("tp", "pp", "vram_ratio", "kv_cache_dtype", "quantization", "dtype", "chat_template", "prompt_template"),
-    *("tool_parser", "reasoning_parser", "engine_args"),
+    *("time_granularity_s", "tool_parser", "reasoning_parser", "engine_args"),
 )
 OPENAI_HTTP = ("upstream_model", "api_key_file", "probe_timeout_s", "idle_timeout_s")
 SCRIPTED = ("chat_tokens", "prefill_chunk", "fail_after_tokens", "fail_start")
@@ -58,7 +58,7 @@ def command(
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
-    tp: Annotated[int | None, typer.Option(help="vllm: tensor parallel size.")] = None,
+    tp: Annotated[int | None, typer.Option(help="vllm: tensor parallel size; unless told all visible GPUs.")] = None,
     pp: Annotated[int | None, typer.Option(help="vllm: pipeline parallel size.")] = None,
     vram_ratio: Annotated[float | None, typer.Option(help="vllm: share of each card's memory.")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(help="vllm: auto, fp8 …")] = None,
@@ -68,6 +68,7 @@ def command(
     prompt_template: Annotated[
         Path | None, typer.Option(help="vllm: a JSON or YAML file with sys, user, ai and sep.")
     ] = None,
+    time_granularity_s: Annotated[int | None, typer.Option(help="vllm: of the time in templates, seconds.")] = None,
     tool_parser: Annotated[str | None, typer.Option(help="vllm: how this model writes tool calls.")] = None,
     reasoning_parser: Annotated[str | None, typer.Option(help="vllm: how this model writes its reasoning.")] = None,
     engine_arg: Annotated[

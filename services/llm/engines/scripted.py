@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
 
 import infermesh
-from infermesh.errors import MeshError, Reason, invalid, unsupported
+from infermesh.errors import MeshError, Reason, unsupported
 from infermesh.v1 import language_model_pb2 as lm
-from infermesh.v1.inference_pb2 import Relay, Usage
+from infermesh.v1.inference_pb2 import Relay
 from infermesh.v1.worker_pb2 import Load
 from registry.endpoint import Capacity, Hardware
-from services.llm.engine import EngineInfo, Event, PromptFacts
+from services.llm.engine import EngineInfo, Event
+from services.llm.engines.scripted_answer import Answer, replay
 from services.llm.engines.scripted_batch import Batch, Job, Pace
 from services.llm.engines.scripted_cache import BLOCK, Blocks
-from services.llm.engines.scripted_text import StopMatcher, Words, word
+from services.llm.engines.scripted_text import Words
 from services.llm.settings import LlmSettings
 from services.llm.window import OutOfWindow, Window
 
@@ -193,7 +193,7 @@ class ScriptedEngine:
         return Answer(prompt, sampling, limit, finish)
 
     async def _run(self, answer: Answer, relay: Relay) -> AsyncIterator[Event]:
-        done = _replay(answer, relay)
+        done = replay(answer, relay.resume.token_ids)
         ready = asyncio.Event()
         job = Job(
             tokens=answer.prompt + done,
@@ -209,7 +209,7 @@ class ScriptedEngine:
                 len(answer.prompt),
             )
         if answer.over:  # the lost instance had said everything but the end
-            yield answer.event(0, job)
+            yield answer.event(0, 0)
             return
         self._batch.add(job)
         self._kick.set()
@@ -218,7 +218,7 @@ class ScriptedEngine:
             while not answer.over:
                 await ready.wait()
                 ready.clear()
-                event = answer.event(job.made - told, job)
+                event = answer.event(job.made - told, job.cached)
                 told = job.made
                 yield event
                 if 0 < self._options.fail_after_tokens <= told and not answer.over:
@@ -226,114 +226,3 @@ class ScriptedEngine:
         finally:
             self._batch.remove(job)
             self._kick.set()
-
-
-@dataclass(slots=True)
-class Answer:
-    """What is still to be said, from word `said` on, and what ends it. All choices say the same."""
-
-    prompt: list[int]
-    sampling: lm.Sampling
-    limit: int  # words in all
-    finish: lm.Finish.ValueType  # when the limit is reached
-    prefix: str = ""  # the prompt's text, when it is to be echoed
-    said: int = 0
-    over: bool = False
-    started: bool = False
-    ending: lm.Delta | None = None  # what ended it when all of it was said elsewhere
-    matcher: StopMatcher = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.matcher = StopMatcher(self.sampling.stop, self.sampling.include_stop)
-
-    @property
-    def choices(self) -> int:
-        return max(1, self.sampling.n)
-
-    def say(self, words: int) -> lm.Delta:
-        """The next words, as the delta of one choice."""
-        delta = lm.Delta()
-        if not self.sampling.stop and not self.sampling.stop_token_ids:
-            words = min(words, self.limit - self.said)
-            numbers = range(self.said, self.said + words)
-            delta.token_ids.extend(numbers)
-            delta.content = "".join(map(word, numbers))
-            self.said += words
-        else:
-            while words and self.said < self.limit and not self.over:
-                self._say_one(delta)
-                words -= 1
-        if self.sampling.HasField("logprobs"):
-            delta.logprobs.extend(_logprob(number, self.sampling.logprobs) for number in delta.token_ids)
-        if self.said >= self.limit and not self.over:
-            delta.content += self.matcher.rest()
-            delta.finish = self.finish
-            self.over = True
-        return delta
-
-    def _say_one(self, delta: lm.Delta) -> None:
-        number = self.said
-        self.said += 1
-        delta.token_ids.append(number)
-        if self.said <= self.sampling.min_tokens:
-            delta.content += word(number)
-        elif number in self.sampling.stop_token_ids:
-            delta.content += self.matcher.rest() + (word(number) if self.sampling.include_stop else "")
-            delta.finish, delta.stop_token, self.over = lm.FINISH_STOP, number, True
-        else:
-            delta.content += self.matcher.feed(word(number))
-            if self.matcher.found:
-                delta.finish, delta.stop_text, self.over = lm.FINISH_STOP, self.matcher.found, True
-
-    def event(self, words: int, job: Job) -> Event:
-        delta = self.ending or self.say(words)
-        event = Event([delta])
-        if not self.started:
-            self.started = True
-            event.prompt = PromptFacts(len(self.prompt), min(job.cached, len(self.prompt)))
-            delta.content = self.prefix + delta.content
-        for choice in range(1, self.choices):
-            other = lm.Delta()
-            other.CopyFrom(delta)
-            other.choice = choice
-            event.deltas.append(other)
-        if self.over:
-            event.usage = Usage(
-                prompt_tokens=len(self.prompt),
-                completion_tokens=self.said * self.choices,
-                cached_tokens=min(job.cached, len(self.prompt)),
-            )
-        return event
-
-
-def _replay(answer: Answer, relay: Relay) -> list[int]:
-    """Says the words that another instance has delivered, with output off. Returns their ids."""
-    done = list(relay.resume.token_ids)
-    if not done:
-        return done
-    if done != list(range(len(done))) or len(done) > answer.limit:
-        raise invalid("relay.resume.token_ids", "these are not the words that this engine says")
-    answer.prefix = ""
-    last = answer.say(len(done))
-    if answer.over:  # only its end is still to be told
-        answer.ending = lm.Delta(finish=last.finish)
-        if last.WhichOneof("stop") == "stop_text":
-            answer.ending.stop_text = last.stop_text
-        elif last.WhichOneof("stop") == "stop_token":
-            answer.ending.stop_token = last.stop_token
-    return done
-
-
-def _logprob(number: int, alternatives: int) -> lm.TokenLogprob:
-    """Made up, and the same every time: the word itself is the likeliest, the next ones follow."""
-    top = [_top(number + rank, rank) for rank in range(alternatives)]
-    text = word(number)
-    return lm.TokenLogprob(
-        token_id=number, token=text, token_bytes=text.encode(), logprob=-0.125 * (1 + number % 7), top=top
-    )
-
-
-def _top(number: int, rank: int) -> lm.TopLogprob:
-    text = word(number)
-    logprob = -0.125 * (1 + (number - rank) % 7) - 1.5 * rank
-    return lm.TopLogprob(token_id=number, token=text, token_bytes=text.encode(), logprob=logprob, rank=rank + 1)
