@@ -95,11 +95,14 @@ async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
     )
     code = 1
     try:
+        await _rest_started(gateway, tasks)
         await gateway.server.enter(Phase.SERVING)
         if gateway.registry is not None:
             await gateway.registry.register(endpoint)
         _ready(gateway, endpoint, bound)
         log.info("serving", grpc=f"{host}:{bound}", http=_http_address(gateway))
+        # From here on: what loading libraries holds is no request's delay.
+        tasks.append(asyncio.create_task(gateway.observe.watch_loop(), name="loop"))
         code = await _until_over(stop, tasks)
     except RegistryError as error:
         print(f"infermesh: {error}", file=sys.stderr)
@@ -169,12 +172,18 @@ async def _listen(gateway: Gateway) -> tuple[int, str, int]:
 
 def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
     """What runs beside requests. None of it ends while the gateway lives."""
-    jobs = {"tick": gateway.carrier.run(), "links": gateway.directory.run(), "loop": gateway.observe.watch_loop()}
+    jobs = {"tick": gateway.carrier.run(), "links": gateway.directory.run()}
     if gateway.registry is not None:
         jobs["registry"] = gateway.directory.watch(gateway.registry)
     if gateway.rest is not None:
         jobs["rest"] = gateway.rest.serve()
     return [asyncio.create_task(job, name=name) for name, job in jobs.items()]
+
+
+async def _rest_started(gateway: Gateway, tasks: list[asyncio.Task[None]]) -> None:
+    # uvicorn tells by a flag, not by an event.
+    while gateway.rest is not None and not gateway.rest.started and not any(t.done() for t in tasks):  # noqa: ASYNC110
+        await asyncio.sleep(0.005)
 
 
 async def _until_over(stop: Stop, tasks: list[asyncio.Task[None]]) -> int:

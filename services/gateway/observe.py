@@ -112,7 +112,7 @@ class Observe:
             "completion_tokens": report.completion_tokens,
             "cached_tokens": report.cached_tokens,
         }
-        if report.record is not None and report.record.waited_s:
+        if report.record is not None and report.record.waited_s >= 0.001:
             fields["waited_ms"] = round(report.record.waited_s * 1000, 1)
         if isinstance(error, MeshError):
             fields["param"] = error.param
