@@ -78,7 +78,8 @@ def _started_here(gateway: str) -> dict[str, int]:
     from deploy.launch.run_file import read_run_file
 
     run = read_run_file()
-    if run is None or run.gateway not in gateway.split(","):
+    ports = {address.rpartition(":")[2] for address in gateway.split(",")}
+    if run is None or run.gateway.rpartition(":")[2] not in ports:
         return {}
     return {child.address: child.pid for child in run.children if child.pid}
 

@@ -52,6 +52,12 @@ def try_next(code: StatusCode, trailers: Iterable[tuple[str, str | bytes]]) -> b
     return reason == Reason.DRAINING or (reason is None and code is StatusCode.UNAVAILABLE)
 
 
+HEALTH = "/grpc.health.v1.Health/Check"  # asked and answered as bytes: its stubs are in a package that we do not need
+SERVING = b"\x08\x01"
+PROBE_S = 2.0
+AWAY = (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
+
+
 def as_error(code: StatusCode, details: str, trailers: Any, addresses: Sequence[str], *, begun: bool) -> MeshError:
     """What the caller is told of a failed call. `begun`: some of the answer had come."""
     pairs = [(item[0], item[1]) for item in trailers or ()]

@@ -288,12 +288,15 @@ class AsyncClient:
         return answer
 
     async def _reach(self) -> int:
-        """The first gateway that can be connected to: a client stream cannot be sent twice."""
+        """The first gateway that serves: a client stream cannot be sent twice."""
         for index in self._rotation.order():
+            check: Any = self._channel(index).unary_unary(where.HEALTH)
             try:
-                await asyncio.wait_for(self._channel(index).channel_ready(), 2)
-            except TimeoutError:
-                continue
+                if await check(b"", timeout=where.PROBE_S) != where.SERVING:
+                    continue
+            except grpc.aio.AioRpcError as error:
+                if error.code() in where.AWAY:
+                    continue
             self._rotation.answered(index)
             return index
         raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses, begun=False)

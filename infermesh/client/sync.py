@@ -281,12 +281,16 @@ class Client:
         return answer
 
     def _reach(self) -> int:
-        """The first gateway that can be connected to: a client stream cannot be sent twice."""
+        """The first gateway that serves: a client stream cannot be sent twice."""
         for index in self._rotation.order():
+            check: Any = self._channel(index).unary_unary(where.HEALTH)
             try:
-                grpc.channel_ready_future(self._channel(index)).result(timeout=2)
-            except grpc.FutureTimeoutError:
-                continue
+                if check(b"", timeout=where.PROBE_S) != where.SERVING:
+                    continue
+            except grpc.RpcError as failed:
+                error: Any = failed
+                if error.code() in where.AWAY:
+                    continue
             self._rotation.answered(index)
             return index
         raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses, begun=False)
