@@ -87,23 +87,31 @@ def encoding_service(kind: str, folder: Path, *options: str) -> Iterator[Service
 _REFERENCE = """
 import json, sys, numpy as np
 from sentence_transformers import CrossEncoder, SentenceTransformer
-job = json.load(sys.stdin)
-loader = CrossEncoder if job["call"] == "predict" else SentenceTransformer
-model = loader(job["source"], device="cpu", **job["init"])
-np.save(sys.argv[1], getattr(model, job["call"])(job["inputs"], show_progress_bar=False, **job["options"]))
+task = json.load(sys.stdin)
+loader = CrossEncoder if task["call"] == "predict" else SentenceTransformer
+model = loader(task["source"], device="cpu")
+found = {}
+for name, (inputs, options) in task["jobs"].items():
+    if options.pop("raw", False):
+        import torch
+        options["activation_fn"] = torch.nn.Identity()
+    found[name] = getattr(model, task["call"])(inputs, show_progress_bar=False, **options)
+np.savez(sys.argv[1], **found)
 """
 
 
-def reference(
-    call: str, inputs: Any, source: str = "", init: dict[str, Any] | None = None, **options: Any
-) -> np.ndarray:
-    """What sentence-transformers itself gives, on torch, in a process of its own."""
-    job = {"call": call, "source": find_source(source), "inputs": inputs, "init": init or {}, "options": options}
+def reference(call: str, jobs: dict[str, tuple[Any, dict[str, Any]]], source: str = "") -> dict[str, np.ndarray]:
+    """What sentence-transformers itself gives on torch, in a process of its own: name -> (inputs, options of the call).
+
+    `call` is `encode` or `predict`; the option `raw` means scores without activation.
+    """
+    task = {"call": call, "source": find_source(source), "jobs": jobs}
     with tempfile.TemporaryDirectory() as folder:
-        out = f"{folder}/out.npy"
+        out = f"{folder}/out.npz"
         words = [sys.executable, "-W", "ignore", "-c", _REFERENCE, out]
-        subprocess.run(words, input=json.dumps(job).encode(), check=True, capture_output=True, timeout=120)
-        return np.load(out)
+        subprocess.run(words, input=json.dumps(task).encode(), check=True, capture_output=True, timeout=240)
+        with np.load(out) as found:
+            return dict(found)
 
 
 def cross_encoder(folder: Path) -> Path:

@@ -24,7 +24,7 @@ from services.chassis.encoding.tokens import TextTokenizer
 
 INLINE_CHARACTERS = 2000  # texts shorter than this in sum are tokenised on the loop: well under a millisecond
 BATCH_S = 0.1  # what a batch should take: online work waits for no longer than that behind bulk work
-LEAST_BATCH, MOST_BATCH = 256, 16384  # padded tokens
+LEAST_BATCH, MOST_BATCH = 1024, 16384  # padded tokens
 MAX_RUNNING = 256
 SWITCH_S = 0.0005  # the loop waits for the interpreter lock behind a tokenising thread for at most so long
 T = TypeVar("T")

@@ -8,6 +8,7 @@ may be read-only or shared.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -106,15 +107,18 @@ def _exported(
     folder = _root(plan) / _key(plan, version, backend)
     note = folder / "difference.json"
     if not note.exists():
-        progress(f"exporting {plan.source} for {backend}, once; kept in {folder}")
-        _export(folder, backend, open_model)
-        raise StartAgain(str(folder))
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one replica exports, the others wait for it
+            if not note.exists():
+                progress(f"exporting {plan.source} for {backend}, once; kept in {folder}")
+                _export(folder, backend, open_model)
+                raise StartAgain(str(folder))
     return str(folder), float(json.loads(note.read_text())["max_abs"])
 
 
 def _export(folder: Path, backend: str, open_model: Callable[[str], Any]) -> None:
-    """Exports, measures and moves the result into place in one step: other replicas may be doing the same."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Exports, measures and moves the result into place in one step."""
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         model, reference = open_model(backend), open_model("torch")
@@ -122,11 +126,7 @@ def _export(folder: Path, backend: str, open_model: Callable[[str], Any]) -> Non
         model.save_pretrained(str(partial))
         (partial / "difference.json").write_text(json.dumps({"max_abs": difference, "sample": len(SAMPLE)}))
         partial.chmod(0o755)
-        try:
-            partial.rename(folder)
-        except OSError:
-            if not (folder / "difference.json").exists():
-                raise
+        partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -171,23 +171,24 @@ class ReplicaPool:
         return min(open_, key=lambda replica: (replica.tokens, replica.name), default=None)
 
     async def start(self, progress: Callable[[str], None]) -> ModelFacts:
-        """Launches all: the first alone, since it may have to export the model for the others.
+        """Launches all. What the first of them chose (backend, device) holds for those launched later.
 
         Raises:
-            ReplicaRefused, ReplicaLost: the first cannot be started.
+            ReplicaRefused, ReplicaLost: none can be started.
         """
-        replica, facts = await self._launch(0, progress)
+        places = range(len(self._plans))
+        launched = await asyncio.gather(*(self._launch(place, progress) for place in places), return_exceptions=True)
+        up = [result for result in launched if not isinstance(result, BaseException)]
+        failures = [result for result in launched if isinstance(result, BaseException)]
+        if not up:
+            raise failures[0]
+        facts = up[0][1]
         if facts.device.startswith("cuda"):
             self._depth = 2  # a GPU would stand idle between one answer and the next batch
-        settled = self._plans[0].model_copy(update={"backend": facts.backend, "device": facts.device})
-        if self._plans[0].device == "auto":
-            self._plans = [settled for _ in self._plans]
-        elif facts.backend != "torch":
-            self._plans = [plan.model_copy(update={"backend": facts.backend}) for plan in self._plans]
-        self._keepers.append(asyncio.create_task(self._keep(0, replica)))
-        rest = range(1, len(self._plans))
-        launched = await asyncio.gather(*(self._launch(place, progress) for place in rest), return_exceptions=True)
-        for place, result in zip(rest, launched, strict=True):
+        for place, result in enumerate(launched):
+            plan = self._plans[place]
+            device = facts.device if plan.device == "auto" else plan.device
+            self._plans[place] = plan.model_copy(update={"backend": facts.backend, "device": device})
             if isinstance(result, BaseException):
                 log.error("a replica cannot be started", place=place, error=str(result))
             first = None if isinstance(result, BaseException) else result[0]
