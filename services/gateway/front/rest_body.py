@@ -21,7 +21,10 @@ async def read_body(exchange: Exchange, shape: type[Body]) -> Body:
         MeshError: with every fault of the body.
         ClientGone
     """
-    raw = await parse_json(await exchange.body())
+    data = await exchange.body()
+    await exchange.breathe()
+    raw = await parse_json(data)
+    await exchange.breathe()
     exchange.ignored = ignored(raw, shape)
     try:
         return shape.model_validate(raw)

@@ -13,7 +13,7 @@ from services.gateway.front.disconnect import Attended
 from services.gateway.front.rest_body import read_body
 from services.gateway.front.rest_exchange import Exchange
 from services.gateway.front.rest_generation import NAMES, constraint, delivery, hints, json_text, sampling
-from services.gateway.front.rest_messages import messages, tool_choice, tools
+from services.gateway.front.rest_messages import add_messages, tool_choice, tools
 from services.gateway.front.rest_schema import ChatBody
 from services.gateway.front.sse import DONE, EventStream
 from services.gateway.upstream.calls import Call, Method
@@ -22,6 +22,7 @@ from services.gateway.upstream.calls import Call, Method
 async def chat(exchange: Exchange) -> None:
     body = await read_body(exchange, ChatBody)
     request, names = chat_request(body)
+    await exchange.breathe()
     exchange.names = names
     exchange.hint(request.hints)
     options = ChatOptions(
@@ -46,7 +47,6 @@ def chat_request(body: ChatBody) -> tuple[lm.ChatRequest, dict[str, str]]:
     names = dict(NAMES)
     request = lm.ChatRequest(
         model=body.model,
-        messages=messages(body.messages),
         sampling=_sampling(body, names),
         constraint=constraint(body, names),
         tools=tools(body.tools),
@@ -55,6 +55,7 @@ def chat_request(body: ChatBody) -> tuple[lm.ChatRequest, dict[str, str]]:
         lora=body.lora or "",
         continue_final_message=bool(body.continue_final_message),
     )
+    add_messages(request.messages, body.messages)
     hints(body, request.hints)
     if body.add_generation_prompt is not None and not (body.add_generation_prompt and body.continue_final_message):
         request.add_generation_prompt = body.add_generation_prompt

@@ -30,6 +30,7 @@ async def completions(exchange: Exchange) -> None:
     exchange.names = names
     exchange.hint(template.hints)
     requests = [_with_prompt(template, prompt) for prompt in prompts]
+    await exchange.breathe()
     options = CompletionOptions(
         n=body.n or 1,
         include_usage=body.stream_options is not None and body.stream_options.include_usage,

@@ -35,6 +35,7 @@ async def embeddings(exchange: Exchange) -> None:
     body = await read_body(exchange, EmbeddingBody)
     exchange.names = _NAMES | ({"task": "prompt_name"} if body.prompt_name is not None else {})
     request = await embed_request(body)
+    await exchange.breathe()
     exchange.hint(request.hints)
     answer, identity = await unary(exchange, Method.EMBED, request)
     await _write(exchange, answer, identity, base64=body.encoding_format == "base64")

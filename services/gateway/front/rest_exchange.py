@@ -20,6 +20,7 @@ from services.gateway.upstream.calls import Call, Caller, Forward, Identity, Met
 JSON = (b"content-type", b"application/json")
 # A client that is still writing when the connection closes may never see the answer, so this much is read and dropped.
 DISCARD = 4
+LARGE = 1 << 18  # bytes of a body
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
 _TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 _DEGRADE = {"true": inf.DEGRADE_ALLOW, "1": inf.DEGRADE_ALLOW, "false": inf.DEGRADE_NEVER, "0": inf.DEGRADE_NEVER}
@@ -37,8 +38,8 @@ class Exchange:
     """`names` translates the contract's field paths into the caller's; `ignored` are parameters without effect."""
 
     __slots__ = (
-        "_closing", "_forward", "_limits", "arrived", "caller", "failure", "headers", "ignored", "names", "opened",
-        "receive", "request_id", "scope", "send", "started",
+        "_closing", "_forward", "_limits", "_size", "arrived", "caller", "failure", "headers", "ignored", "names",
+        "opened", "receive", "request_id", "scope", "send", "started",
     )  # fmt: skip
 
     def __init__(self, scope: Any, receive: Any, send: Any, forward: Forward, limits: Limits, closing: bool) -> None:
@@ -48,6 +49,7 @@ class Exchange:
         self._forward = forward
         self._limits = limits
         self._closing = closing  # ask the client to come back on another connection
+        self._size = 0
         self.arrived = asyncio.get_running_loop().time()
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
         self.request_id = request_id(self.header("x-request-id") or self.header("x-client-request-id"))
@@ -95,7 +97,13 @@ class Exchange:
             raise self._too_large(limit)
         if fault is not None:
             raise fault
+        self._size = size
         return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def breathe(self) -> None:
+        """Lets others run between two steps that each take milliseconds for a body of megabytes."""
+        if self._size > LARGE:
+            await asyncio.sleep(0)
 
     def _body_fault(self) -> MeshError | None:
         encoding = (self.header("content-encoding") or "identity").strip().lower()

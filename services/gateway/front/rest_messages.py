@@ -32,20 +32,24 @@ _PARTS = {
 }
 
 
-def messages(given: list[MessageShape]) -> list[lm.Message]:
-    """Raises MeshError: INVALID_ARGUMENT or UNSUPPORTED, with the message's path."""
-    return [_message(f"messages[{index}]", shape) for index, shape in enumerate(given)]
+def add_messages(made: Any, given: list[MessageShape]) -> None:
+    """Fills a repeated `Message` field in place: a prompt may be megabytes, and each copy of it holds the loop.
+
+    Raises:
+        MeshError: INVALID_ARGUMENT or UNSUPPORTED, with the message's path.
+    """
+    for index, shape in enumerate(given):
+        _fill(made.add(), f"messages[{index}]", shape)
 
 
-def _message(path: str, shape: MessageShape) -> lm.Message:
-    made = lm.Message(role=_ROLES[shape.role])
+def _fill(made: lm.Message, path: str, shape: MessageShape) -> None:
+    made.role = _ROLES[shape.role]
     content = shape.content
     if isinstance(content, str):
         made.content = content
     elif isinstance(content, list):
-        made.parts.extend(
-            lm.ContentPart(text=_part(f"{path}.content[{index}]", part)) for index, part in enumerate(content)
-        )
+        for index, part in enumerate(content):
+            made.parts.add().text = _part(f"{path}.content[{index}]", part)
     elif content is not None:
         raise invalid(f"{path}.content", "must be a string or a list of parts")
     elif shape.refusal:
@@ -60,7 +64,6 @@ def _message(path: str, shape: MessageShape) -> lm.Message:
         made.reasoning = reasoning
     for call in shape.tool_calls or ():
         made.tool_calls.add(id=call.id, name=call.function.name, arguments_json=call.function.arguments)
-    return made
 
 
 def _part(path: str, part: Any) -> str:

@@ -13,7 +13,7 @@ from services.gateway.front.rest_body import read_body
 from services.gateway.front.rest_exchange import Exchange
 from services.gateway.front.rest_generation import json_text
 from services.gateway.front.rest_inputs import token_ids
-from services.gateway.front.rest_messages import messages, tools
+from services.gateway.front.rest_messages import add_messages, tools
 from services.gateway.front.rest_schema import DetokenizeBody, TokenizeBody
 from services.gateway.upstream.calls import Method
 
@@ -51,7 +51,7 @@ def tokenize_request(body: TokenizeBody) -> lm.TokenizeRequest:
         raise invalid("messages", "at least one message is needed")
     if body.add_special_tokens:
         raise invalid("add_special_tokens", "is for a prompt; the chat template sets those of a conversation")
-    request.chat.messages.extend(messages(body.messages))
+    add_messages(request.chat.messages, body.messages)
     request.chat.tools.extend(tools(body.tools))
     if body.chat_template_kwargs:
         request.chat.template_args_json = json_text("chat_template_kwargs", body.chat_template_kwargs)
