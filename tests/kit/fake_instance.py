@@ -106,4 +106,4 @@ async def fake_instance(
     try:
         yield instance
     finally:
-        await server.stop(0)
+        await instance.server.stop(0)

@@ -1,0 +1,321 @@
+"""The forwarder against real gRPC servers that misbehave as told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from infermesh.errors import MeshError, Reason
+from infermesh.v1 import embedding_pb2 as em
+from infermesh.v1 import embedding_pb2_grpc as em_grpc
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1 import worker_pb2 as wk
+from infermesh.v1 import worker_pb2_grpc
+from registry.port import Entry, Snapshot
+from services.chassis.keys import Keys
+from services.chassis.rpc import abort
+from services.gateway.front import rpc
+from services.gateway.front.embed_stream import EmbedStream
+from services.gateway.observe import Observe
+from services.gateway.routing.admission import Bounds
+from services.gateway.routing.router import Router
+from services.gateway.upstream.calls import Call, Caller, Method
+from services.gateway.upstream.carrier import Carrier
+from services.gateway.upstream.channels import Channels
+from services.gateway.upstream.directory import Directory
+from services.gateway.upstream.forward import Forwarder
+from tests.kit.fake_instance import FakeInstance, fake_instance, three_words
+from tests.kit.mesh import until
+
+REQUEST_ID = "test-1"
+
+
+@dataclass
+class Upstream:
+    forwarder: Forwarder
+    carrier: Carrier
+    directory: Directory
+
+    def state(self, id: str) -> str:
+        instance = self.carrier.router.fleet.instances.get(id)
+        return instance.state.value if instance else "gone"
+
+    def nothing_left(self) -> bool:
+        fleet = self.carrier.router.fleet
+        ledgers = [instance.ledger for instance in fleet.instances.values()]
+        zero = all((x.entries, x.own_prompt, x.own_output, x.own_slots) == ({}, 0, 0, 0) for x in ledgers)
+        budget = self.forwarder.budget
+        return zero and not fleet.leaving and not self.carrier.router.waiting and budget.live == budget.retrying == 0
+
+    async def chat(self, deadline_s: float | None = None, caller: Caller = Caller()) -> tuple[str, Any]:  # noqa: B008
+        deadline = None if deadline_s is None else self.carrier.now() + deadline_s
+        async with self.forwarder.open(Method.CHAT, request(), Call(REQUEST_ID, caller, deadline)) as reply:
+            text = ""
+            async for event in reply:
+                assert event.message == lm.ChatResponse.FromString(event.raw)
+                text += "".join(delta.content for delta in event.message.deltas)
+            return text, reply.identity
+
+
+def request(max_tokens: int = 10) -> lm.ChatRequest:
+    message = lm.Message(role=lm.ROLE_USER, content="hello")
+    return lm.ChatRequest(model="m", messages=[message], sampling=lm.Sampling(max_tokens=max_tokens))
+
+
+@asynccontextmanager
+async def upstream(*instances: FakeInstance, bounds: Bounds | None = None) -> AsyncIterator[Upstream]:
+    clock = asyncio.get_running_loop().time
+    carrier = Carrier(Router(clock() - 60, bounds), Channels(), Observe(), clock)
+    directory = Directory(carrier, "gw-test")
+    forwarder = Forwarder(carrier, carrier._observe, "gw-test")
+    tasks = [asyncio.create_task(carrier.run()), asyncio.create_task(directory.run())]
+    made = Upstream(forwarder, carrier, directory)
+    directory.apply(Snapshot(tuple(Entry(instance.endpoint) for instance in instances)))
+    try:
+        await until(lambda: all(made.state(i.endpoint.id) == "healthy" for i in instances if not i.hello_id), 5)
+        yield made
+    finally:
+        for task in tasks:
+            task.cancel()
+        await directory.close()
+        await carrier.channels.close_all()
+
+
+def refusing(reason: Reason, message: str = "no", times: int = 1_000_000) -> Any:
+    left = [times]
+
+    async def chat(self: FakeInstance, request: Any, context: Any) -> None:
+        if left[0] > 0:
+            left[0] -= 1
+            await abort(context, MeshError(reason, message))
+        await three_words(self, request, context)
+
+    return chat
+
+
+async def silent(self: FakeInstance, request: Any, context: Any) -> None:
+    await asyncio.sleep(60)
+
+
+async def breaks_after_two(self: FakeInstance, request: Any, context: Any) -> None:
+    await self.begin(context)
+    for i in range(2):
+        await context.write(lm.ChatResponse(deltas=[lm.Delta(token_ids=[i], content=f" w{i}")]))
+    await abort(context, MeshError(Reason.ENGINE_FAILED, "the engine died"))
+
+
+async def test_the_instance_sees_what_a_gateway_adds() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        text, identity = await up.chat(caller=Caller(tenant="acme"))
+        assert text == " w0 w1 w2"
+        assert (identity.instance_id, identity.model_id, identity.attempts) == ("a", "m", 1)
+        relay = a.requests[0].relay
+        assert (relay.gateway_id, relay.seq, relay.attempt, relay.tenant) == ("gw-test", 1, 1, "acme")
+        assert len(relay.cache_salt) == 16 and relay.rendered_at % 86_400 == 0 and relay.rendered_at > 0
+        await up.chat(caller=Caller(tenant="other"))
+        assert a.requests[1].relay.cache_salt != relay.cache_salt and a.requests[1].relay.seq == 2
+        assert up.nothing_left()
+
+
+@pytest.mark.parametrize("reason", [Reason.ENGINE_FAILED, Reason.DRAINING, Reason.STARTING, Reason.OUT_OF_RANGE])
+async def test_another_instance_answers_when_one_refuses_or_fails(reason: Reason) -> None:
+    async with fake_instance("a", refusing(reason)) as a, fake_instance("b") as b, upstream(a, b) as up:
+        for _ in range(4):
+            text, identity = await up.chat()
+            assert text == " w0 w1 w2" and identity.instance_id == "b"
+        assert up.nothing_left()
+
+
+async def test_a_callers_own_error_is_not_retried() -> None:
+    async with fake_instance("a", refusing(Reason.INVALID_ARGUMENT, "bad field")) as a, fake_instance("b") as b:
+        async with upstream(a, b) as up:
+            b.chat = a.chat
+            with pytest.raises(MeshError, match="bad field") as caught:
+                await up.chat()
+            assert caught.value.reason is Reason.INVALID_ARGUMENT
+            assert len(a.requests) + len(b.requests) == 1
+
+
+async def test_when_all_fail_attempts_are_bounded_and_the_last_error_is_told() -> None:
+    async with fake_instance("a", refusing(Reason.ENGINE_FAILED)) as a, fake_instance("b", a.chat) as b:
+        async with fake_instance("c", a.chat) as c, fake_instance("d", a.chat) as d, upstream(a, b, c, d) as up:
+            with pytest.raises(MeshError) as caught:
+                await up.chat()
+            assert caught.value.reason is Reason.ENGINE_FAILED
+            assert sum(len(x.requests) for x in (a, b, c, d)) == 3
+            await asyncio.gather(*(up.chat() for _ in range(100)), return_exceptions=True)
+            sent = sum(len(x.requests) for x in (a, b, c, d)) - 3
+            assert sent <= 100 * 1.4, sent  # at most 20 retries at a time, two each
+            assert up.nothing_left()
+
+
+async def test_out_of_range_corrects_the_count_or_tells_the_caller() -> None:
+    async with fake_instance("a", refusing(Reason.OUT_OF_RANGE, "the prompt has 4242 tokens")) as a, upstream(a) as up:
+        with pytest.raises(MeshError, match="4242") as caught:
+            await up.chat()
+        assert caught.value.reason is Reason.CONTEXT_LENGTH_EXCEEDED
+
+
+async def test_a_full_instance_is_waited_for_not_failed() -> None:
+    async with fake_instance("a", refusing(Reason.INSTANCE_FULL, times=3)) as a, upstream(a) as up:
+        text, _ = await up.chat()
+        assert text == " w0 w1 w2" and len(a.requests) == 4 and up.state("a") == "healthy"
+
+
+async def test_a_stream_that_breaks_says_how_far_it_got() -> None:
+    async with fake_instance("a", breaks_after_two) as a, fake_instance("b", breaks_after_two) as b:
+        async with upstream(a, b) as up:
+            with pytest.raises(MeshError, match="lost after 2 tokens: the engine died") as caught:
+                await up.chat()
+            assert caught.value.reason is Reason.STREAM_LOST
+            assert len(a.requests) + len(b.requests) == 1
+            assert up.nothing_left()
+
+
+async def test_the_deadline_is_passed_on_and_ends_it() -> None:
+    async with fake_instance("a", silent) as a, upstream(a) as up:
+        with pytest.raises(MeshError) as caught:
+            await up.chat(deadline_s=0.2)
+        assert caught.value.reason is Reason.DEADLINE_EXCEEDED
+        await until(lambda: a.cancelled == 1, 1)
+        assert up.nothing_left() and up.state("a") == "healthy"
+
+
+async def test_cancellation_reaches_the_instance_at_once_and_frees_everything() -> None:
+    async with fake_instance("a", silent, max_running=50) as a, upstream(a) as up:
+        tasks = [asyncio.create_task(up.chat()) for _ in range(80)]
+        await until(lambda: len(a.requests) == 50 and up.carrier.router.waiting == 30, 5)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(task.cancelled() for task in tasks) and up.nothing_left()
+        await until(lambda: a.cancelled == len(a.requests), 1)
+
+
+async def test_leaving_a_stream_early_cancels_it() -> None:
+    async def endless(self: FakeInstance, request: Any, context: Any) -> None:
+        await self.begin(context)
+        while True:
+            await context.write(lm.ChatResponse(deltas=[lm.Delta(token_ids=[1])]))
+            await asyncio.sleep(0.005)
+
+    async with fake_instance("a", endless) as a, upstream(a) as up:
+        async with up.forwarder.open(Method.CHAT, request(), Call(REQUEST_ID)) as reply:
+            async for _ in reply:
+                break
+        assert up.nothing_left()
+        await until(lambda: a.cancelled == 1, 1)
+
+
+async def test_somebody_else_at_the_address_is_not_believed() -> None:
+    async with fake_instance("a", answers_as="evil") as a, fake_instance("b") as b, upstream(a, b) as up:
+        for _ in range(5):
+            _, identity = await up.chat()
+            assert identity.instance_id == "b"
+    async with fake_instance("a", hello_id="evil") as a, upstream(a) as up:
+        await until(lambda: up.directory.instances()[0].state == "rejected", 5)
+        assert "answered by evil" in up.directory.instances()[0].rejected_reason
+        with pytest.raises(MeshError) as caught:
+            await up.chat()
+        assert caught.value.reason is Reason.NO_INSTANCE
+
+
+async def test_link_frames_drain_and_goodbye() -> None:
+    async with fake_instance("a") as a, fake_instance("b") as b, upstream(a, b) as up:
+        await a.frames.put(wk.LinkResponse(load=wk.Load(running=3, waiting=1, kv_used_ratio=0.5)))
+        await until(lambda: up.directory.instances()[0].running == 3, 2)
+        view = up.directory.instances()[0]
+        assert (view.waiting, view.kv_used_ratio, view.in_flight) == (1, 0.5, 0)
+        await a.frames.put(wk.LinkResponse(draining=wk.Draining(grace_ms=100)))
+        await until(lambda: up.state("a") == "draining", 2)
+        await a.frames.put(wk.LinkResponse(goodbye=wk.WorkerGoodbye(why="done")))
+        await until(lambda: up.state("a") == "gone", 2)
+        assert (await up.chat())[1].instance_id == "b"
+
+
+async def test_a_re_sync_keeps_channel_and_link() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        line = up.carrier.channels.open(a.endpoint)
+        for _ in range(3):
+            up.directory.apply(Snapshot((Entry(a.endpoint),)))
+        await asyncio.sleep(0.05)
+        assert up.carrier.channels.open(a.endpoint) is line and a.links == 1
+        up.directory.apply(Snapshot(stale=True))
+        assert up.directory.stale and (await up.chat())[0] == " w0 w1 w2"
+
+
+async def test_a_link_that_breaks_is_made_again() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        await a.server.stop(0)
+        await until(lambda: up.state("a") == "lost", 2)
+        again = grpc.aio.server()
+        again.add_insecure_port(a.endpoint.address)
+        a.server = again
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(a, again)
+        await again.start()
+        await until(lambda: up.state("a") == "healthy", 5)
+
+
+async def test_embed_stream_keeps_order_inherits_and_is_bounded() -> None:
+    async with fake_instance("e", kind="embedding") as e, upstream(e) as up:
+        server = grpc.aio.server()
+        door = rpc.Door(up.forwarder, Keys(), up.carrier._observe)
+        server.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door)))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = em_grpc.EmbeddingServiceStub(channel)
+            call = stub.EmbedStream()
+            first = em.EmbedRequest(model="m", texts=["slow 0"], normalize=True, task="query", dimensions=8)
+            await call.write(em.EmbedStreamRequest(batch=first, tag=100))
+            for i in range(1, 40):
+                name = f"slow {i}" if i % 3 == 0 else f"text {i}"
+                more = {"prefix": "p: "} if i == 5 else {}
+                await call.write(em.EmbedStreamRequest(batch=em.EmbedRequest(texts=[name] * i, **more), tag=100 + i))
+            await asyncio.sleep(0.05)
+            assert len(e.requests) <= 16  # eight in flight at a time, whatever was written
+            await call.done_writing()
+            tags = []
+            async for reply in call:
+                tags.append(reply.tag)
+                i = reply.tag - 100
+                texts = {vector.packed.decode().split()[1] for vector in reply.batch.vectors}
+                assert texts == {str(i)} and len(reply.batch.vectors) == max(1, i)
+            assert tags == list(range(100, 140))
+            assert dict(await call.initial_metadata())["x-infermesh-instance-id"] == "e"
+            by_length = {len(r.texts): r for r in e.requests}
+            assert all(r.normalize and r.dimensions == 8 and r.model == "m" for r in e.requests)
+            assert by_length[7].task == "query" and (by_length[5].task, by_length[5].prefix) == ("", "p: ")
+            bad = stub.EmbedStream()
+            await bad.write(em.EmbedStreamRequest(batch=em.EmbedRequest(model="m", texts=["fine"]), tag=1))
+            await bad.write(em.EmbedStreamRequest(batch=em.EmbedRequest(texts=[""]), tag=2))
+            await bad.done_writing()
+            got = []
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                async for reply in bad:
+                    got.append(reply.tag)
+            assert got == [1] and caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        await server.stop(0)
+        assert up.nothing_left()
+
+
+async def test_metrics_count_what_happened() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        await up.chat()
+        with pytest.raises(MeshError):
+            async with up.forwarder.open(Method.CHAT, lm.ChatRequest(model="x" * 300), Call(REQUEST_ID)):
+                pass
+        text = up.carrier._observe.exposition()[0].decode()
+        ok = 'infermesh_gateway_requests_total{instance="a",method="chat",model="m",outcome="ok"} 1.0'
+        bad = 'infermesh_gateway_requests_total{instance="",method="chat",model="",outcome="invalid_argument"} 1.0'
+        assert ok in text and bad in text
+        assert 'infermesh_gateway_ttft_seconds_count{instance="a",method="chat",model="m"} 1.0' in text
+        assert 'infermesh_gateway_tokens_total{model="m",type="completion"} 3.0' in text
+        assert "infermesh_gateway_in_flight 0.0" in text
