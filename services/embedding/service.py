@@ -18,7 +18,7 @@ from services.chassis.arrivals import Arrivals
 from services.chassis.checks import check_embed
 from services.chassis.encoding.engine import EncodingEngine
 from services.chassis.encoding.rows import Ids, Row
-from services.chassis.encoding.tokens import Cut, TooLong
+from services.chassis.encoding.tokens import Cut, TextTokenizer, TooLong
 from services.chassis.identity import Identity, announce
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
@@ -26,6 +26,7 @@ from services.embedding.vectors import check_dimensions, chunk_rows, finish
 
 SERVICE = "infermesh.v1.EmbeddingService"
 IN_FLIGHT = 8  # batches of one stream
+INLINE_ROWS, INLINE_BYTES = 256, 8192  # more than that is prepared beside the loop
 CUTS = {
     em.TRUNCATION_UNSPECIFIED: Cut.END,
     em.TRUNCATION_NONE: Cut.NONE,
@@ -148,25 +149,25 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             raise invalid("max_tokens", f"{request.max_tokens} is more than the model's {facts.max_tokens}")
         limit = request.max_tokens or facts.max_tokens
         if request.token_ids:
-            return [
-                _checked(index, np.array(entry.ids, np.int64), facts.vocabulary, limit, cut)
-                for index, entry in enumerate(request.token_ids)
-            ]
-        specials = self._engine.tokenizer.single.specials
-        if limit <= specials:
-            raise invalid("max_tokens", f"{limit} leaves no room beside the model's {specials} special tokens")
+
+            def take() -> list[Row]:
+                return [
+                    _checked(index, np.array(entry.ids, np.int64), facts.vocabulary, limit, cut)
+                    for index, entry in enumerate(request.token_ids)
+                ]
+
+            return await self._engine.beside(take) if request.ByteSize() > INLINE_BYTES else take()
+        tokenizer = self._engine.tokenizer
+        if limit <= tokenizer.single.specials:
+            raise invalid("max_tokens", f"{limit} leaves no room beside {tokenizer.single.specials} special tokens")
         prompt = self._prompt(request)
-        skip = self._engine.tokenizer.prompt_tokens(prompt) if prompt and not facts.pools_prompt else 0
+        skip = tokenizer.prompt_tokens(prompt) if prompt and not facts.pools_prompt else 0
         found = await self._engine.tokenize([prompt + text for text in request.texts] if prompt else request.texts)
-        rows = []
-        for index, ids in enumerate(found):
-            try:
-                rows.append(self._engine.tokenizer.row(ids, cut=cut, limit=limit, skip=skip))
-            except TooLong as error:
-                raise _too_long(f"texts[{index}]", error) from None
-            if not len(rows[-1]):
-                raise invalid(f"texts[{index}]", "has no token in this model's vocabulary")
-        return rows
+
+        def build() -> list[Row]:
+            return [_row(tokenizer, index, ids, limit, cut, skip) for index, ids in enumerate(found)]
+
+        return await self._engine.beside(build) if len(found) > INLINE_ROWS else build()
 
     def _prompt(self, request: em.EmbedRequest) -> str:
         facts = self._engine.facts
@@ -176,6 +177,16 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
             known = ", ".join(sorted(facts.prompts)) or "it has none"
             raise invalid("task", f"the model has no prompt {request.task!r}; known: {known}")
         return facts.prompts[request.task]
+
+
+def _row(tokenizer: TextTokenizer, index: int, ids: Ids, limit: int, cut: Cut, skip: int) -> Row:
+    try:
+        row = tokenizer.row(ids, cut=cut, limit=limit, skip=skip)
+    except TooLong as error:
+        raise _too_long(f"texts[{index}]", error) from None
+    if not len(row):
+        raise invalid(f"texts[{index}]", "has no token in this model's vocabulary")
+    return row
 
 
 def _checked(index: int, ids: np.ndarray, vocabulary: int, limit: int, cut: Cut) -> Row:

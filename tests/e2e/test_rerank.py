@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 import math
+import shutil
 
 import grpc
 import grpc.aio
@@ -177,3 +178,16 @@ async def test_a_killed_replica_loses_no_request(cross):
     cross.replicas()[-1].kill()
     for scores in await asyncio.gather(*asking):
         assert np.abs(scores - expected).max() <= TOLERANCE
+
+
+@pytest.mark.slow
+def test_the_service_dies_when_no_replica_can_be_started(tmp_path, model_folder):
+    doomed = shutil.copytree(model_folder, tmp_path / "doomed")
+    options = ("--model", "tiny", "--source", str(doomed), "--backend", "torch")
+    with (
+        pytest.raises(AssertionError, match="replica given up"),
+        encoding_service("rerank", tmp_path, *options) as service,
+    ):
+        (doomed / "model.safetensors").unlink()
+        service.replicas()[0].kill()
+        assert service.process.wait(240) == 1

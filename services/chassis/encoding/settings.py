@@ -88,8 +88,13 @@ def find_source(source: str) -> str:
     """The folder or hub name to load; an empty one means the default model.
 
     Raises:
-        ValueError: the default model is not installed.
+        ValueError: a path that leads to no folder, or the default model is not installed.
     """
+    if source.startswith(("/", ".", "~")):
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise ValueError(f"source: {source} is not a folder; name one that holds a model, or a hub model ORG/NAME")
+        return str(folder)
     if source:
         return source
     spec = importlib.util.find_spec(BUNDLED)  # found, not imported: the package loads torch

@@ -26,8 +26,8 @@ class Measured:
 
 
 async def measure(run: Run, token: int, longest: int, replicas: int) -> Measured:
-    """Runs a few short rows, then long ones until it takes long enough to trust. The best of each counts: what else runs
-    on the machine just now only ever makes it slower.
+    """Runs a few short rows, then long ones until it takes long enough to trust. The best of each counts: what else
+    runs on the machine just now only ever makes it slower.
     """
     short = [_row(token, min(SHORT, longest))]
     for _ in range(2 * replicas):
