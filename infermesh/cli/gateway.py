@@ -14,7 +14,12 @@ QUEUE = {"queue_requests": "max_requests", "queue_tokens": "max_tokens", "queue_
 def command(
     grpc: Annotated[str | None, typer.Option(help="HOST:PORT for gRPC; 127.0.0.1:50050 unless told.")] = None,
     http: Annotated[str | None, typer.Option(help="HOST:PORT for REST; 127.0.0.1:8000 unless told.")] = None,
-    registry: Annotated[str | None, typer.Option(help="mesh://H:P[,H:P] or consul://H:P.")] = None,
+    registry: Annotated[str | None, typer.Option(help="mesh://H:P[,H:P], consul://H:P or consuls://H:P.")] = None,
+    registry_prefix: Annotated[str | None, typer.Option(help="Of the service names in the registry.")] = None,
+    registry_token_file: Annotated[Path | None, typer.Option(help="Consul's ACL token.")] = None,
+    registry_ca_file: Annotated[Path | None, typer.Option(help="consuls: whom to trust.")] = None,
+    registry_cert_file: Annotated[Path | None, typer.Option(help="consuls: our certificate.")] = None,
+    registry_key_file: Annotated[Path | None, typer.Option(help="consuls: its key.")] = None,
     id: Annotated[str | None, typer.Option(help="Its id in the mesh.")] = None,
     advertise: Annotated[str | None, typer.Option(help="HOST:PORT that others dial.")] = None,
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from registry.address import open_registry
+from registry.address import open_registry, parse_url
 from registry.consul import Tls
-from registry.port import Registry
+from registry.port import Registry, RegistryError
 
 
 class RegistrySettings(BaseModel):
@@ -21,6 +21,16 @@ class RegistrySettings(BaseModel):
     registry_cert_file: Path | None = None
     registry_key_file: Path | None = None
     operator_key_file: Path | None = None  # what this process shows to others of the mesh, where keys are set
+
+    @field_validator("registry")
+    @classmethod
+    def _registry_address(cls, value: str) -> str:
+        if value:
+            try:
+                parse_url(value)
+            except RegistryError as error:
+                raise ValueError(str(error)) from None
+        return value
 
 
 def operator_key(settings: RegistrySettings) -> str:

@@ -116,7 +116,8 @@ def bind_fault(host: str, *, keys: bool, insecure: bool) -> str:
 
 def faults(error: ValidationError) -> list[str]:
     """Every fault of a configuration, a line each: the key's path and what is allowed."""
-    return [
-        f"{'.'.join(map(str, item['loc'])) or 'settings'}: {item['msg'].removeprefix('Value error, ')}"
-        for item in error.errors()
-    ]
+    found = []
+    for item in error.errors():
+        path, text = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+        found.append(f"{path}: {text}" if path else text)  # checks of the whole name the key themselves
+    return found

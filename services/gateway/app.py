@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import os
 import random
 import secrets
@@ -17,15 +16,17 @@ import structlog
 
 import infermesh
 from infermesh.v1 import mesh_pb2_grpc
-from registry.address import open_registry
 from registry.advertise import advertised
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
+from services.chassis.ready import tell_ready
+from services.chassis.registering import connect_registry, operator_key
 from services.chassis.server import Phase, Server
+from services.chassis.settings import split_address
 from services.chassis.signals import Stop
-from services.gateway.config import GatewaySettings, split_address
+from services.gateway.config import GatewaySettings
 from services.gateway.front import rpc
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.front.http_server import HttpServer, build_http_server
@@ -116,14 +117,14 @@ async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
 
 def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     keys = load_keys(settings.keys)
-    operator_key = _secret(settings.operator_key_file, "operator_key_file")
-    salt = _secret(settings.salt_file, "salt_file") or operator_key or "infermesh"
-    registry = open_registry(settings.registry, operator_key=operator_key or None) if settings.registry else None
+    key = operator_key(settings)
+    salt = _secret(settings.salt_file, "salt_file") or key or "infermesh"
+    registry = connect_registry(settings)
     observe = Observe(Tracing(settings.otlp, gateway_id) if settings.otlp else None)
     clock = asyncio.get_running_loop().time
     queue = settings.queue
     router = Router(clock(), Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s), settings.weights)
-    carrier = Carrier(router, Channels(), observe, clock, f"Bearer {operator_key}" if operator_key else "")
+    carrier = Carrier(router, Channels(), observe, clock, f"Bearer {key}" if key else "")
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"
     directory = Directory(carrier, life, settings.weights)
@@ -244,13 +245,7 @@ def _http_address(gateway: Gateway) -> str:
 
 def _ready(gateway: Gateway, endpoint: Endpoint, port: int) -> None:
     """Tells a supervisor, in one atomic step, that this gateway serves."""
-    path = gateway.settings.ready_file
-    if path is None:
-        return
     host, _ = split_address(gateway.settings.grpc)
     bound = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     facts = {"id": endpoint.id, "address": endpoint.address, "port": port, "pid": os.getpid()}
-    facts |= {"grpc": bound, "http": _http_address(gateway)}
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(facts))
-    partial.replace(path)
+    tell_ready(gateway.settings.ready_file, facts | {"grpc": bound, "http": _http_address(gateway)})

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import ipaddress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.chassis.registering import RegistrySettings
+from services.chassis.settings import bind_fault, faults, split_address
+
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
-LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
 class _Part(BaseModel):
@@ -33,14 +34,12 @@ class QueueBounds(_Part):
     max_wait_s: Seconds = 30.0
 
 
-class GatewaySettings(_Part):
+class GatewaySettings(RegistrySettings):
     grpc: str = "127.0.0.1:50050"
     http: str = "127.0.0.1:8000"  # empty: no REST
-    registry: str = ""  # mesh://H:P[,H:P] or consul://H:P
     id: str = Field(default="", max_length=128)  # empty: gateway-<host>-<port>
     advertise: str = ""  # HOST:PORT to register; empty: the bound gRPC address
     keys: Path | None = None
-    operator_key_file: Path | None = None  # carried to instances and to the registry
     insecure: bool = False  # serve beyond loopback without keys
     salt_file: Path | None = None  # the mesh's secret for cache salts; empty: derived from the operator's key
     limits: Limits = Limits()
@@ -49,7 +48,7 @@ class GatewaySettings(_Part):
         default_factory=dict
     )  # instance id -> factor
     time_granularity_s: int = Field(default=86_400, ge=1)  # prompts see the time rounded down to this
-    log_level: str = "info"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp: str = ""  # OTLP/gRPC endpoint; empty: no spans
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     channelz: bool = False
@@ -70,56 +69,17 @@ class GatewaySettings(_Part):
             raise ValueError("needs a port, as in 10.0.0.5:50050")
         return value
 
-    @field_validator("log_level")
-    @classmethod
-    def _level(cls, value: str) -> str:
-        if value not in LOG_LEVELS:
-            raise ValueError(f"{value!r} is not one of {', '.join(LOG_LEVELS)}")
-        return value
-
-    @field_validator("registry")
-    @classmethod
-    def _registry(cls, value: str) -> str:
-        scheme, sep, rest = value.partition("://")
-        if value and not (sep and scheme in ("mesh", "consul") and rest):
-            raise ValueError(f"{value!r} is not mesh://HOST:PORT or consul://HOST:PORT")
-        return value
-
     @model_validator(mode="after")
-    def _open_only_at_home(self) -> GatewaySettings:
-        if self.keys is None and not self.insecure:
-            away = [name for name in ("grpc", "http") if not is_loopback(getattr(self, name))]
-            if away:
-                raise ValueError(
-                    f"{' and '.join(away)} would listen beyond loopback without API keys: "
-                    "give --keys keys.yaml, or --insecure to serve everybody"
-                )
+    def _open_only_at_home(self) -> Self:
+        doors = {"grpc": self.grpc, "http": self.http}
+        found = {
+            name: bind_fault(split_address(address)[0], keys=self.keys is not None, insecure=self.insecure)
+            for name, address in doors.items()
+            if address
+        }
+        if any(found.values()):
+            raise ValueError("\n".join(f"{name}: {fault}" for name, fault in found.items() if fault))
         return self
-
-
-def split_address(text: str) -> tuple[str, int]:
-    """HOST:PORT or [v6]:PORT.
-
-    Raises:
-        ValueError: what is wrong with it.
-    """
-    host, sep, port = text.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not sep or not host or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{text!r} is not HOST:PORT, as in 127.0.0.1:50050")
-    return host, int(port)
-
-
-def is_loopback(address: str) -> bool:
-    if not address:
-        return True
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def gateway_settings(**values: Any) -> GatewaySettings:
@@ -131,8 +91,4 @@ def gateway_settings(**values: Any) -> GatewaySettings:
     try:
         return GatewaySettings.model_validate(values)
     except ValidationError as error:
-        lines = []
-        for fault in error.errors():
-            path = ".".join(map(str, fault["loc"])) or "gateway"
-            lines.append(f"{path}: {fault['msg'].removeprefix('Value error, ')}")
-        raise ValueError("\n".join(lines)) from None
+        raise ValueError("\n".join(faults(error))) from None

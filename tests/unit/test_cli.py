@@ -83,7 +83,7 @@ def test_the_overview_is_quick_and_imports_nothing_heavy() -> None:
         (("up", "--adopt", "ftp://x"), "not a URL"),
         (("up", "--adopt", "http://127.0.0.1:1"), "no OpenAI-speaking server there"),
         (("gateway", "--grpc", "nonsense"), "grpc: 'nonsense' is not HOST:PORT"),
-        (("gateway", "--grpc", "0.0.0.0:0"), "beyond loopback without API keys"),
+        (("gateway", "--grpc", "0.0.0.0:0"), "grpc: 0.0.0.0 can be reached from other machines"),
         (("gateway", "--instance-weight", "x"), "is not ID=FACTOR"),
         (("registry", "--listen", "0.0.0.0:0"), "can be reached from other machines"),
         (("registry", "--keys", "/nonexistent"), "name a readable file"),
@@ -211,3 +211,15 @@ def test_the_variable_is_read(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert main(["version"]) == 0
     document: Any = json.loads(capsys.readouterr().out)
     assert document["python"]
+
+
+@pytest.mark.parametrize("verb", ["gateway", "llm", "embedding", "serve_rerank"])
+def test_every_process_can_be_told_all_of_the_registry(verb: str) -> None:
+    from importlib import import_module
+    from inspect import signature
+
+    from services.chassis.registering import RegistrySettings
+
+    assert set(RegistrySettings.model_fields) <= set(
+        signature(import_module(f"infermesh.cli.{verb}").command).parameters
+    )

@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 
 from infermesh.errors import MeshError, Reason
-from services.gateway.config import gateway_settings, is_loopback
+from registry.port import RegistryError
+from services.chassis.registering import connect_registry
+from services.gateway.config import gateway_settings
 from services.gateway.upstream.quota import Quota
 
 
@@ -28,16 +30,20 @@ def test_every_fault_is_told_with_its_path() -> None:
 
 @pytest.mark.parametrize("where", ["grpc", "http"])
 def test_beyond_loopback_needs_keys_or_the_word(where: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=f"{where} would listen beyond loopback"):
+    with pytest.raises(ValueError, match=rf"^{where}: 0\.0\.0\.0 can be reached from other machines: give --keys FILE"):
         gateway_settings(**{where: "0.0.0.0:5000"})
     assert gateway_settings(**{where: "0.0.0.0:5000"}, insecure=True)
     assert gateway_settings(**{where: "[::]:5000"}, keys=tmp_path / "keys.yaml")
     assert gateway_settings(**{where: "[::1]:5000"})
 
 
-def test_loopback_names() -> None:
-    assert is_loopback("127.0.0.1:1") and is_loopback("localhost:1") and is_loopback("[::1]:1") and is_loopback("")
-    assert not is_loopback("10.0.0.1:1") and not is_loopback("host.example:1")
+def test_a_registry_with_its_files(tmp_path: Path) -> None:
+    """The gateway reaches its registry as every other process does, Consul's TLS included."""
+    given = gateway_settings(registry="consuls://10.0.0.1", registry_prefix="blue", registry_ca_file=tmp_path / "ca")
+    with pytest.raises(RegistryError, match="file cannot be read"):
+        connect_registry(given)
+    with pytest.raises(ValueError, match=r"registry: 'consul://a,b': one address"):
+        gateway_settings(registry="consul://a,b")
 
 
 def test_quota_reserves_refills_and_settles() -> None:
