@@ -63,11 +63,14 @@ def of_this_host(fleet: Fleet, node: str) -> tuple[Instance, ...]:
     return tuple(item for item in fleet.instances if item.node == node)
 
 
-def start_faults(fleet: Fleet) -> Iterator[Fault]:
-    """What the schema allows and the engines of this version do not take."""
+def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
+    """What the schema allows and the engines of this version, or this host, do not take."""
     if not fleet.instances:
         yield Fault("instances", "none is given; placing models by itself comes with `infermesh plan`")
+    greedy = [item for item in fleet.instances if fleet.engine_of(item) == "vllm" and not item.cards]
     for index, instance in enumerate(fleet.instances):
+        if gpus > 1 and instance in greedy and len(greedy) > 1:
+            yield Fault(f"instances[{index}].cards", f"say which of the {gpus} GPUs each vLLM instance gets")
         model, engine, at = fleet.model(instance.model), fleet.engine_of(instance), f"instances[{index}]"
         where = f"models[{fleet.models.index(model)}]"
         if engine == "vllm" and model.dtype in ("int8", "int4") and not instance.quantization:

@@ -188,7 +188,7 @@ def _registry(url: str) -> tuple[Finding, str]:
 
 def _date(url: str) -> str:
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S) as reply:
+        with urllib.request.build_opener().open(urllib.request.Request(url, method="HEAD"), timeout=ANSWER_S) as reply:
             return str(reply.headers.get("date", ""))
     except urllib.error.HTTPError as error:
         return str(error.headers.get("date", ""))

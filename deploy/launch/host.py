@@ -78,7 +78,7 @@ def hub_fault() -> str:
         return "no hub client is installed"
     try:
         request = urllib.request.Request(endpoint, method="HEAD", headers={"user-agent": "infermesh"})
-        urllib.request.urlopen(request, timeout=HUB_PROBE_S).close()
+        urllib.request.build_opener().open(request, timeout=HUB_PROBE_S).close()
     except urllib.error.HTTPError as error:
         return f"{endpoint} answers {error.code}" if error.code >= 500 or error.code == 407 else ""
     except (OSError, ValueError) as error:

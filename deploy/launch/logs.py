@@ -28,7 +28,7 @@ def tail(path: Path, lines: int) -> list[str]:
     except OSError:
         return []
     # A progress bar overwrites its own line; only what it says last is of interest.
-    found = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").splitlines()]
+    found = [line.rpartition("\r")[2].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
     return [readable(line) for line in found if line.strip()][-lines:]
 
 

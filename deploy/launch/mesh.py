@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy.fleet import Fault, Fleet, FleetError, Instance, unserved
-from deploy.launch import logs, run_file
+from deploy.launch import logs, run_file, sessions
 from deploy.launch.commands import (
     Command,
     Host,
@@ -54,7 +54,7 @@ async def run_mesh(
     Raises:
         ValueError: the fleet cannot be started as it is; nothing has been started then.
     """
-    instances = check(fleet, where)
+    instances = check(fleet, where, host)
     stop, hard = _signals()
     screen = Screen()
     for note in notes:
@@ -68,7 +68,7 @@ async def run_mesh(
         screen.begin()
         try:
             await supervisor.start()
-            code = await _watch(supervisor, screen, fleet, where, registry, stop)
+            code = await _watch(supervisor, screen, fleet, where, registry, notes, stop)
         finally:
             screen.end()
             if supervisor.children:
@@ -79,13 +79,16 @@ async def run_mesh(
     return code
 
 
-def check(fleet: Fleet, where: Where) -> tuple[Instance, ...]:
+def check(fleet: Fleet, where: Where, host: Host) -> tuple[Instance, ...]:
     """What is to be started here.
 
     Raises:
         ValueError: every reason why it cannot be, a line each.
     """
-    faults = [*unserved(fleet), *start_faults(fleet)]
+    other = run_file.read_run_file()
+    if other is not None:
+        raise ValueError(f"a mesh runs in this folder already (pid {other.pid}): stop it, or start in another folder")
+    faults = [*unserved(fleet), *start_faults(fleet, host.gpus)]
     for index, model in enumerate(fleet.models):
         path = Path(model.source).expanduser()
         if model.source.startswith(("/", "./", "../", "~")) and not path.exists():
@@ -128,7 +131,13 @@ def _program(id: str, kind: str, made: Command, ready: Path) -> Program:
 
 
 async def _watch(
-    supervisor: Supervisor, screen: Screen, fleet: Fleet, where: Where, registry: str, stop: asyncio.Event
+    supervisor: Supervisor,
+    screen: Screen,
+    fleet: Fleet,
+    where: Where,
+    registry: str,
+    notes: Sequence[str],
+    stop: asyncio.Event,
 ) -> int:
     """Looks after the children until it is told to stop, or there is nothing left worth looking after."""
     told, before = False, None
@@ -150,7 +159,7 @@ async def _watch(
             if states[GATEWAY] is State.READY and all(state in (State.READY, State.FAILED) for state in of_instances):
                 told = True
                 screen.end()
-                print(banner(fleet, children, where, registry), flush=True)
+                print(banner(fleet, children, where, registry, notes), flush=True)
         await asyncio.wait({asyncio.ensure_future(stop.wait())}, timeout=LOOK_S)
     return 0
 
@@ -161,7 +170,7 @@ def _run(children: Sequence[Running], where: Where, registry: str) -> run_file.R
         for r in children
     )
     grpc, http = _doors(children, where)
-    return run_file.Run(os.getpid(), grpc, http, registry, lines)
+    return run_file.Run(os.getpid(), sessions.born(os.getpid()), grpc, http, registry, lines)
 
 
 def _doors(children: Sequence[Running], where: Where) -> tuple[str, str]:
@@ -170,7 +179,7 @@ def _doors(children: Sequence[Running], where: Where) -> tuple[str, str]:
     return facts.get("address") or where.grpc, facts.get("http") or where.http
 
 
-def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: str) -> str:
+def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: str, notes: Sequence[str] = ()) -> str:
     """Addresses, models, and something to paste."""
     grpc, http = _doors(children, where)
     lines = ["", "The mesh is up.", f"  gRPC      {grpc}", f"  REST      http://{http}/v1"]
@@ -189,6 +198,8 @@ def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: st
         "Try:",
         f"  {curl(first.program.kind, models[first.program.id], http)}",
         "",
+        *notes,
+        *([""] if notes else []),
         "Ctrl-C stops it.",
         "",
     ]

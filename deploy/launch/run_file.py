@@ -7,6 +7,8 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from deploy.launch import sessions
+
 HOME = Path(".infermesh")  # in the folder where `up` was called
 RUN_FILE = HOME / "run" / "mesh.json"
 LOGS = HOME / "logs"
@@ -28,9 +30,10 @@ class ChildLine:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One mesh that runs on this host; `pid` is that of `up`."""
+    """One mesh that runs on this host; `pid` is that of `up`, `born` tells it from a later process of that number."""
 
     pid: int
+    born: str
     gateway: str
     http: str
     registry: str
@@ -52,4 +55,4 @@ def read_run_file(path: Path = RUN_FILE) -> Run | None:
         os.kill(run.pid, 0)
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return run
+    return run if sessions.born(run.pid) == run.born else None

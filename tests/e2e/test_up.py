@@ -97,7 +97,7 @@ class Up:
 
 
 @contextmanager
-def up(folder: Path, fleet: str, *words: str) -> Iterator[Up]:
+def up(folder: Path, fleet: str, *words: str, fleet_file: bool = True) -> Iterator[Up]:
     """Starts the mesh on ports from the OS; whatever the test does, nothing is left afterwards."""
     (folder / "fleet.yaml").write_text(fleet)
     mark = uuid.uuid4().hex
@@ -105,7 +105,7 @@ def up(folder: Path, fleet: str, *words: str) -> Iterator[Up]:
     ports = ("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
     with (folder / "stdout").open("w") as out, (folder / "stderr").open("w") as err:
         process = subprocess.Popen(
-            [*CLI, "up", "--fleet", "fleet.yaml", *ports, *words],
+            [*CLI, "up", *(("--fleet", "fleet.yaml") if fleet_file else ()), *ports, *words],
             cwd=folder,
             env={**env, "UP_TEST_MARK": mark},
             stdin=subprocess.DEVNULL,
@@ -284,3 +284,46 @@ def test_a_port_that_is_taken_ends_with_2(tmp_path: Path) -> None:
                 assert mesh.process.wait(30) == 2
                 assert f"cannot listen on 127.0.0.1:{port}" in mesh.errors() and "choose another one" in mesh.errors()
                 assert mesh.left() == []
+
+
+def test_a_second_mesh_in_one_folder_is_refused(tmp_path: Path) -> None:
+    with up(tmp_path, FLEET % {"python": sys.executable}) as mesh:
+        wait_for(mesh.is_ready)
+        again = mesh.cli("up", "--fleet", "fleet.yaml", "--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0")
+        assert again.returncode == 2 and f"a mesh runs in this folder already (pid {mesh.process.pid})" in again.stderr
+
+
+def test_running_servers_are_adopted(tmp_path: Path) -> None:
+    """The REST door of one mesh is an OpenAI-speaking server to another."""
+    for name in ("below", "above"):
+        (tmp_path / name).mkdir()
+    with up(tmp_path / "below", FLEET % {"python": sys.executable}) as below:
+        wait_for(below.is_ready)
+        url = f"http://{below.run_file()['http']}"
+        with up(tmp_path / "above", "", "--adopt", f"{url}/v1", fleet_file=False) as above:
+            wait_for(lambda: above.is_ready("gateway", "adopted-1"))
+            told = wait_for(lambda: json.loads(above.cli("instances", "--json").stdout))
+            assert [(row["id"], row["model"], row["state"]) for row in told] == [("adopted-1", "demo", "healthy")]
+            answer = above.cli("chat", "--max-tokens", "3", "hello")
+            assert answer.stdout == " w0 w1 w2\n", answer.stderr
+
+
+def test_keys_hold_for_the_whole_mesh(tmp_path: Path) -> None:
+    import hashlib
+
+    def entry(key: str, role: str) -> str:
+        return f"  - {{sha256: {hashlib.sha256(key.encode()).hexdigest()}, tenant: {role}, role: {role}}}\n"
+
+    (tmp_path / "keys.yaml").write_text("version: 1\nkeys:\n" + entry("sk-1", "client") + entry("sk-op", "operator"))
+    (tmp_path / "operator.key").write_text("sk-op\n")
+    words = ("--keys", "keys.yaml", "--operator-key-file", "operator.key")
+    with up(tmp_path, FLEET % {"python": sys.executable}, *words) as mesh:
+        wait_for(mesh.is_ready)
+        (tmp_path / "client.key").write_text("sk-1")
+        known = ("--api-key-file", "client.key")
+        assert mesh.cli("chat", "--max-tokens", "1", "hello", *known).returncode == 0
+        refused = mesh.cli("chat", "--max-tokens", "1", "hello")
+        assert refused.returncode == 1 and "[unauthenticated]" in refused.stderr
+        assert "[permission_denied]" in mesh.cli("drain", "s1", *known).stderr
+        assert mesh.cli("drain", "s1", "--api-key-file", "operator.key").returncode == 0
+        wait_for(lambda: mesh.child("s1")["state"] == "stopped")
