@@ -14,13 +14,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
-import structlog
-
 from infermesh.errors import MeshError, Reason, invalid, unsupported
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.worker_pb2 import Load
 from services.llm.engine import EngineInfo, Event
 from services.llm.engines.vllm_launch import Launched, launch
+from services.llm.engines.vllm_stop import stop
 from services.llm.settings import LlmSettings
 from services.llm.window import Window
 
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 STILL_LOADING_S = 10.0  # between two lines for an operator who waits
 CHECK_S = 0.25  # how often a live engine process is asked whether its engine lives
-STOP_S = 15.0  # for processes to go by themselves before they are killed
-log = structlog.get_logger("vllm")
 
 
 class VllmEngine:
@@ -38,6 +35,7 @@ class VllmEngine:
         self._settings = settings
         self._loading: asyncio.Task[Launched] | None = None
         self._launched: Launched | None = None
+        self._started = asyncio.Event()
         self._processes: list[Any] = []
         self._window = Window(0)
         self._defaults: dict[str, Any] = {}
@@ -65,6 +63,7 @@ class VllmEngine:
         self._defaults = launched.engine.model_config.get_diff_sampling_param()
         self._kv_tokens = info.capacity.kv_tokens
         self._launched = launched
+        self._started.set()
         progress("warming up")
         await self._warm_up()
         progress(f"ready after {time.monotonic() - began:.1f} s")
@@ -194,9 +193,10 @@ class VllmEngine:
         return self._launched.counters.load(self._kv_tokens, self._launched.engine.get_num_queued_tokens())
 
     async def died(self) -> str:
-        """Asked for after `start`. A killed engine process is seen at once, through its sentinel; an engine that gave
-        up, within `CHECK_S`.
+        """A killed engine process is seen at once, through its sentinel; an engine that gave up, within `CHECK_S`. What
+        goes wrong before `start` is over is told by `start`.
         """
+        await self._started.wait()
         launched = self._ready
         loop = asyncio.get_running_loop()
         gone = asyncio.Event()
@@ -225,8 +225,9 @@ class VllmEngine:
             return
         engine = self._loading.result().engine
         self._launched = self._loading = None
-        await asyncio.to_thread(engine.shutdown)
-        await asyncio.to_thread(_reap, multiprocessing.active_children())
+        if engine.output_handler is not None:
+            engine.output_handler.cancel()  # or it reports the end that is asked for here as an error
+        await asyncio.to_thread(stop, engine)
 
     @property
     def _ready(self) -> Launched:
@@ -264,16 +265,6 @@ class VllmEngine:
 
 def _ending(exitcode: int) -> str:
     return f"signal {-exitcode}" if exitcode < 0 else f"code {exitcode}"
-
-
-def _reap(processes: list[Any]) -> None:
-    until = time.monotonic() + STOP_S
-    for process in processes:
-        process.join(max(0.0, until - time.monotonic()))
-        if process.is_alive():
-            log.warning("killing a process of the engine that does not stop", pid=process.pid, name=process.name)
-            process.kill()
-            process.join(5)
 
 
 def _refuse_resume(request: lm.ChatRequest | lm.CompleteRequest) -> None:

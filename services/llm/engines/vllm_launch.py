@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from infermesh.errors import MeshError, Reason
+from services.llm.engines.vllm_orphan import LEADER
 from services.llm.settings import LlmSettings
 
 CPU_KV_BYTES = 1 << 30
@@ -97,6 +98,7 @@ def engine_arguments(settings: LlmSettings, host: Host) -> dict[str, Any]:
         "tensor_parallel_size": tp,
         "pipeline_parallel_size": options.pp,
         "enable_prefix_caching": True,
+        "worker_extension_cls": "services.llm.engines.vllm_orphan.EndWithLeader",
         "disable_log_stats": False,
     }
     if options.max_context:
@@ -168,6 +170,7 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None]) -> Launched:
     host = Host(gpus=gpus, cores=len(os.sched_getaffinity(0)))
     for name, value in environment(settings, host).items():
         os.environ.setdefault(name, value)
+    os.environ[LEADER] = str(os.getpid())
 
     from dataclasses import fields
 

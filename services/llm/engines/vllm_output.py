@@ -35,6 +35,8 @@ class Answer:
         the caller, which by OpenAI's rules ends with `stop`."""
         self._prompt = prompt
         self._tokenizer = tokenizer
+        space = tokenizer.convert_tokens_to_ids("\u0120") if top is not None or prompt_top is not None else None
+        self._byte_level = space is not None and space != tokenizer.unk_token_id
         self._top = top
         self._prompt_top = prompt_top
         self._parsers = [prompt.make_parser() for _ in range(choices)] if prompt.make_parser else []
@@ -170,20 +172,20 @@ class Answer:
         return line
 
     def _bytes(self, token: int, text: str) -> bytes:
-        if "\ufffd" not in text:
-            return text.encode()
-        return token_bytes(self._tokenizer.convert_ids_to_tokens(token), text)
+        return token_bytes(self._tokenizer.convert_ids_to_tokens(token), text, byte_level=self._byte_level)
 
 
-def token_bytes(piece: str, text: str) -> bytes:
-    """The bytes of a token that is part of a character: from its name in the vocabulary, byte-level BPE or byte
-    fallback; `text` is what it decodes to by itself.
+def token_bytes(piece: str, text: str, *, byte_level: bool) -> bytes:
+    """The bytes of one token, also of one that is part of a character, from `piece`, its name in the vocabulary.
+    `text` is how it reads, which for the last part of a character is the whole of it.
     """
     if match := _HEX_TOKEN.fullmatch(piece):
         return bytes([int(match[1], 16)])
+    if not byte_level:
+        return text.encode()
     try:
         return bytes(_BYTE_OF[char] for char in piece)
-    except KeyError:
+    except KeyError:  # an added token, which is plain text
         return text.encode()
 
 

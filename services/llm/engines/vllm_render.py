@@ -102,13 +102,16 @@ class Renderer:
 
     async def complete(self, request: lm.CompleteRequest) -> Prompt:
         salt = _salt(request.relay.cache_salt)
-        structured = structured_outputs(request.constraint)
         if request.WhichOneof("prompt") == "token_ids":
             ids = list(request.token_ids.ids)
             self._renderer.validate_token_ids(ids, parameter="prompt")
             text = self._renderer.get_tokenizer().decode(ids) if request.echo else ""
-            return Prompt(ids, tokens_input(ids, cache_salt=salt), text, structured)
-        return await self._text(request.text, salt, structured=structured)
+            prompt = Prompt(ids, tokens_input(ids, cache_salt=salt), text)
+        else:
+            prompt = await self._text(request.text, salt)
+        prompt.structured = structured_outputs(request.constraint)
+        prompt.reasoning = {"reasoning_ended": True}  # a completion has none, so a grammar need not wait for its end
+        return prompt
 
     async def tokens(self, text: str, *, add_special_tokens: bool) -> list[int]:
         return (await self._text(text, None, add_special_tokens=add_special_tokens)).ids
@@ -124,24 +127,18 @@ class Renderer:
             add_generation_prompt=asked.add_generation_prompt,
             continue_final_message=request.continue_final_message,
         )
-        prompt = await self._text(rendered.text, _salt(request.relay.cache_salt), structured=asked.structured_outputs)
+        prompt = await self._text(rendered.text, _salt(request.relay.cache_salt))
+        prompt.structured = asked.structured_outputs
         prompt.strip_space = rendered.strip_space
         if template.sep.strip() and template.sep.strip() != self._renderer.get_tokenizer().eos_token:
             prompt.stops = (template.sep.strip(),)
         return self._with_parser(prompt, asked)
 
-    async def _text(
-        self,
-        text: str,
-        salt: str | None,
-        *,
-        structured: StructuredOutputsParams | None = None,
-        add_special_tokens: bool = True,
-    ) -> Prompt:
+    async def _text(self, text: str, salt: str | None, *, add_special_tokens: bool = True) -> Prompt:
         params = _tokenize_params(self._model_config.max_model_len, add_special_tokens=add_special_tokens)
         extras = {"cache_salt": salt} if salt else None
         (engine_input,) = await self._renderer.render_cmpl_async([{"prompt": text}], params, prompt_extras=extras)
-        return Prompt(list(engine_input["prompt_token_ids"]), engine_input, text, structured)
+        return Prompt(list(engine_input["prompt_token_ids"]), engine_input, text)
 
     def _with_parser(self, prompt: Prompt, asked: ChatCompletionRequest) -> Prompt:
         kind = self._online.parser
