@@ -35,6 +35,7 @@ check: ## format, lint, types, contract lint, stub freshness, walls
 	$(BIN)/mypy
 	$(BIN)/buf lint
 	.venv-protos/bin/python deploy/setup/protos.py --check
+	$(BIN)/python -m deploy.fleet --check
 	$(BIN)/python -m pytest -q tests/test_walls.py
 
 protos: ## write infermesh/v1 from protos/

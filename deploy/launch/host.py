@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -76,6 +77,15 @@ def hub_fault() -> str:
     endpoint = hub_endpoint()
     if not endpoint:
         return "no hub client is installed"
+    found: list[str] = []
+    # A name server that does not answer is not bound by a socket's timeout; a thread that is left behind is.
+    asking = threading.Thread(target=lambda: found.append(_probe(endpoint)), daemon=True)
+    asking.start()
+    asking.join(HUB_PROBE_S)
+    return found[0] if found else f"{endpoint} does not answer within {HUB_PROBE_S:.0f} s"
+
+
+def _probe(endpoint: str) -> str:
     try:
         request = urllib.request.Request(endpoint, method="HEAD", headers={"user-agent": "infermesh"})
         urllib.request.build_opener().open(request, timeout=HUB_PROBE_S).close()

@@ -327,3 +327,29 @@ def test_keys_hold_for_the_whole_mesh(tmp_path: Path) -> None:
         assert "[permission_denied]" in mesh.cli("drain", "s1", *known).stderr
         assert mesh.cli("drain", "s1", "--api-key-file", "operator.key").returncode == 0
         wait_for(lambda: mesh.child("s1")["state"] == "stopped")
+
+
+@pytest.mark.real
+@pytest.mark.timeout(400)
+def test_a_killed_vllm_leaves_no_engine_and_comes_back(tmp_path: Path, tiny_model: Path) -> None:
+    """The engine's own process outlives its service; its memory must be free before the next one loads."""
+    fleet = f"""
+version: 1
+models: [{{id: tiny, kind: llm, source: {tiny_model}}}]
+instances:
+  - {{id: s1, model: tiny, tp: 1, environment: {{VLLM_CPU_KVCACHE_SPACE: 1}}}}
+"""
+    with up(tmp_path, fleet) as mesh:
+        wait_for(lambda: mesh.is_ready("gateway", "s1"), 150)
+        words = ("chat", "--json", "--temperature", "0", "--max-tokens", "8", "hello")
+        before = json.loads(wait_for(lambda: mesh.cli(*words).stdout))
+        service = mesh.child("s1")["pid"]
+        session = [pid for pid in mesh.left() if os.getsid(pid) == service]
+        assert len(session) >= 2, "the service and its engine"
+        os.kill(service, signal.SIGKILL)
+        wait_for(lambda: not any(alive(pid) for pid in session), 5)
+        wait_for(lambda: mesh.child("s1")["pid"] not in (0, service) and mesh.is_ready("gateway", "s1"), 150)
+        after = json.loads(wait_for(lambda: mesh.cli(*words).stdout))
+        assert after["choices"] == before["choices"]
+        mesh.signal(signal.SIGTERM)
+        assert mesh.process.wait(60) == 0 and mesh.left() == []

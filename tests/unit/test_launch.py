@@ -232,6 +232,9 @@ def test_the_hub_probe_is_bounded_and_obeys(monkeypatch: pytest.MonkeyPatch, ser
     assert hub_fault() == "", "any answer of the hub's is one"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
     assert "refused" in hub_fault(), "downloads would go through that proxy, too"
+    monkeypatch.setattr("deploy.launch.host._probe", lambda endpoint: time.sleep(9))
+    started = time.monotonic()
+    assert "does not answer" in hub_fault() and time.monotonic() - started < 4
 
 
 def test_a_clock_that_is_off_is_told() -> None:
