@@ -101,9 +101,10 @@ def _stop(process: subprocess.Popen[bytes], log: Path) -> None:
 def _until_ready(url: str) -> None:
     """All three kinds are listed."""
     request = urllib.request.Request(f"{url}/v1/models", headers={"authorization": f"Bearer {KEY}"})
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     deadline = time.monotonic() + 20
     while True:
-        with urllib.request.urlopen(request, timeout=5) as answer:
+        with direct.open(request, timeout=5) as answer:
             kinds = {model["kind"] for model in json.load(answer)["data"]}
         if kinds == {"llm", "embedding", "rerank"}:
             return

@@ -15,6 +15,7 @@ from services.gateway.front.http_guard import GuardedProtocol, Patience
 
 KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop an idle connection: they must be first
 BACKLOG = 1024
+LAST_WORDS_S = 0.5  # for telling those whose requests are ended
 CONNECTIONS_A_REQUEST = 2  # idle connections of pools stand beside the busy ones
 
 
@@ -45,8 +46,18 @@ class HttpServer(uvicorn.Server):
 
     def stop(self, grace_s: float) -> None:
         """Closes the listener, lets requests under way finish for `grace_s`, then ends them."""
-        self.config.timeout_graceful_shutdown = max(0, round(grace_s))
         self.should_exit = True
+        loop = asyncio.get_running_loop()
+        loop.call_later(grace_s, self._end_requests)
+        loop.call_later(grace_s + LAST_WORDS_S, self._cut_connections)
+
+    def _end_requests(self) -> None:
+        for task in tuple(self.server_state.tasks):
+            task.cancel()
+
+    def _cut_connections(self) -> None:
+        for connection in tuple(self.server_state.connections):
+            connection.transport.abort()
 
     def close(self) -> None:
         """For a server that was never served."""
