@@ -16,7 +16,8 @@ from infermesh.errors import Reason, from_rpc
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import language_model_pb2_grpc
 from infermesh.v1.inference_pb2 import Relay
-from tests.kit.llm import MODEL, PYTHON, ROOT, LlmProcess, wait_until
+from tests.kit.llm import PYTHON, ROOT, LlmProcess, wait_until
+from tests.kit.llm_client import MODEL
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
 NOON = 1_700_049_600

@@ -10,16 +10,19 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
 import psutil
 import pytest
 
+from infermesh.transport import channel_options
+from tests.kit.llm_client import MODEL, Client
+
 ROOT = Path(__file__).resolve().parents[2]
 PYTHON = ROOT / ".venv-llm" / "bin" / "python"
-MODEL = "tiny"
 CONTEXT = 4096
 BLOCK = 32  # tokens; what a prefix cache hit is a multiple of
 START_S = 150.0
@@ -135,3 +138,9 @@ def vllm_service(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> 
         yield service.wait_ready()
     finally:
         service.close()
+
+
+@pytest.fixture
+async def vllm(vllm_service: str) -> AsyncIterator[Client]:
+    async with grpc.aio.insecure_channel(vllm_service, options=channel_options()) as channel:
+        yield Client(channel)

@@ -10,7 +10,7 @@ import contextlib
 import multiprocessing
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
@@ -69,21 +69,21 @@ class VllmEngine:
         progress(f"ready after {time.monotonic() - began:.1f} s")
         return info
 
-    async def chat(self, request: lm.ChatRequest) -> AsyncIterator[Event]:
+    async def chat(self, request: lm.ChatRequest) -> AsyncGenerator[Event]:
         """See the port."""
         _refuse_resume(request)
         async with aclosing(self._chat(request)) as events:
             async for event in self._translated(events, request):
                 yield event
 
-    async def complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
+    async def complete(self, request: lm.CompleteRequest) -> AsyncGenerator[Event]:
         """See the port. With `echo`, prompt_logprobs default to `logprobs`, as OpenAI's completions have it."""
         _refuse_resume(request)
         async with aclosing(self._complete(request)) as events:
             async for event in self._translated(events, request):
                 yield event
 
-    async def _chat(self, request: lm.ChatRequest) -> AsyncIterator[Event]:
+    async def _chat(self, request: lm.ChatRequest) -> AsyncGenerator[Event]:
         prompt = await self._ready.renderer.chat(request, time.time())
         choice = request.tool_choice
         async with aclosing(
@@ -97,7 +97,7 @@ class VllmEngine:
             async for event in events:
                 yield event
 
-    async def _complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
+    async def _complete(self, request: lm.CompleteRequest) -> AsyncGenerator[Event]:
         prompt = await self._ready.renderer.complete(request)
         async with aclosing(self._generate(prompt, request.sampling, echo=request.echo)) as events:
             async for event in events:
@@ -111,7 +111,7 @@ class VllmEngine:
         echo: bool = False,
         parallel_tools: bool = True,
         forced_function: bool = False,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         from services.llm.engines.vllm_output import Answer
         from services.llm.engines.vllm_params import sampling_params
 
@@ -237,7 +237,7 @@ class VllmEngine:
 
     async def _translated(
         self, events: AsyncIterator[Event], request: lm.ChatRequest | lm.CompleteRequest
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event]:
         from services.llm.engines.vllm_errors import translate
 
         started = False
