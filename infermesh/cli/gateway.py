@@ -50,11 +50,9 @@ def command(
         infermesh gateway --registry mesh://10.0.0.5:50049 --grpc 0.0.0.0:50050 --http 0.0.0.0:8000 --keys keys.yaml
     """
     settings = settings_of({name: value for name, value in locals().items() if value is not None})
-    import asyncio
+    from services.gateway.app import main
 
-    from services.gateway.app import run
-
-    return asyncio.run(run(settings))
+    return main(settings)
 
 
 def settings_of(given: dict[str, Any]) -> Any:

@@ -32,6 +32,7 @@ from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.front.http_server import HttpServer, build_http_server
 from services.gateway.front.mesh import MESH, Mesh
 from services.gateway.front.rest import build_app
+from services.gateway.loop import HoldMeter, run_metered
 from services.gateway.observe import Observe
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.router import Router
@@ -63,7 +64,12 @@ class Gateway:
     rest: HttpServer | None = None
 
 
-async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
+def main(settings: GatewaySettings) -> int:
+    """A gateway as the whole of a process; see `run`."""
+    return run_metered(lambda meter: run(settings, meter=meter))
+
+
+async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMeter | None = None) -> int:
     """Runs one gateway to its end. Returns the exit code: 0 drained, 1 failed, 2 cannot run as configured.
 
     `stop` is for those who run it in a process of their own making; by default signals ask.
@@ -102,8 +108,9 @@ async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
             await gateway.registry.register(endpoint)
         _ready(gateway, endpoint, bound)
         log.info("serving", grpc=f"{host}:{bound}", http=_http_address(gateway))
-        # From here on: what loading libraries holds is no request's delay.
-        tasks.append(asyncio.create_task(gateway.observe.watch_loop(), name="loop"))
+        if meter is not None:
+            meter.reset()  # what loading libraries held was no request's delay
+            gateway.observe.watch_loop(meter)
         code = await _until_over(stop, tasks)
     except RegistryError as error:
         print(f"infermesh: {error}", file=sys.stderr)
@@ -111,7 +118,7 @@ async def run(settings: GatewaySettings, stop: Stop | None = None) -> int:
         code = 2
     finally:
         await _leave(gateway, gateway_id, tasks, hurry=code != 0)
-    log.info("stopped", exit_code=code, loop_hold_max_ms=round(gateway.observe.hold_max_s * 1000, 1))
+    log.info("stopped", exit_code=code, loop_hold_max_ms=round(meter.longest * 1000, 1) if meter else None)
     return code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import dataclass
 
 import structlog
@@ -10,12 +9,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
 from infermesh.errors import MeshError
+from services.gateway.loop import WINDOW_S, HoldMeter
 from services.gateway.routing.decision import Record
 from services.gateway.tracing import Spans, Tracing
 
 OK = "ok"
-LOOP_PERIOD_S = 0.005
-LOOP_WINDOW_S = 10.0
 _TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
 _DURATION = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 30, 60, 120, 300, 600)
 log = structlog.get_logger("request")
@@ -73,14 +71,7 @@ class Observe:
         self._ejections = Counter(f"{name}_ejections", "Instances taken out.", ("instance",), registry=of)
         self.in_flight = Gauge(f"{name}_in_flight", "Requests being served, waiting ones among them.", registry=of)
         self.waiting = Gauge(f"{name}_waiting", "Requests that wait for room.", registry=of)
-        self._hold = Gauge(
-            f"{name}_loop_hold_seconds", f"Longest hold of the event loop in the last {LOOP_WINDOW_S:g} s.", registry=of
-        )
-        self._hold_max = Gauge(
-            f"{name}_loop_hold_max_seconds", "Longest hold of the event loop since start.", registry=of
-        )
         self._series: dict[tuple[str, ...], tuple[Counter, Histogram, Histogram]] = {}
-        self.hold_max_s = 0.0
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -149,23 +140,14 @@ class Observe:
         encoder, content_type = choose_encoder(accept)
         return encoder(self.registry), content_type
 
-    async def watch_loop(self) -> None:
-        """Measures how long single steps hold the event loop."""
-        loop = asyncio.get_running_loop()
-        window, since = 0.0, loop.time()
-        before = since
-        while True:
-            await asyncio.sleep(LOOP_PERIOD_S)
-            now = loop.time()
-            hold = max(0.0, now - before - LOOP_PERIOD_S)
-            before = now
-            window = max(window, hold)
-            if hold > self.hold_max_s:
-                self.hold_max_s = hold
-                self._hold_max.set(hold)
-            if now - since >= LOOP_WINDOW_S:
-                self._hold.set(window)
-                window, since = 0.0, now
+    def watch_loop(self, meter: HoldMeter) -> None:
+        """Shows what the loop's meter measures."""
+        for name, text, read in (
+            ("hold", f"Longest turn of the event loop in the last {WINDOW_S:g} s.", lambda: meter.recent),
+            ("hold_max", "Longest turn of the event loop since start.", lambda: meter.longest),
+            ("hold_max_wall", "The same with what the machine took away meanwhile.", lambda: meter.longest_wall),
+        ):
+            Gauge(f"infermesh_gateway_loop_{name}_seconds", text, registry=self.registry).set_function(read)
 
     def close(self) -> None:
         if self._tracing is not None:
