@@ -1,8 +1,8 @@
 """How long single turns hold the event loop, measured where it waits: between two calls of the selector.
 
 A sampling task would see a hold only by its own delay, and wake the loop for nothing. Here a turn costs two readings
-of two clocks (under a microsecond). What counts is a turn's wall time, but no more than the CPU time that this thread used
-in it: on a shared machine the rest was somebody else's.
+of two clocks (under a microsecond). What counts is a turn's wall time, but no more than the CPU time that this thread
+used in it: on a shared machine the rest was somebody else's.
 """
 
 from __future__ import annotations
