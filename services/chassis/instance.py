@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import secrets
 import socket
@@ -119,6 +120,8 @@ async def _live(
         endpoint = dataclasses.replace(
             loading.result(), port=address[1] or bound, pid=os.getpid(), version=infermesh.__version__
         )
+        gc.collect()
+        gc.freeze()  # what is loaded stays; a full collection would walk it again and again, with the loop held
         registries = [] if registry is None else [registry]
         departure = Departure(settle_s=SETTLE_S if registries else 0.0)
         async with present(registries, endpoint, serving=serving, drain=drain, departure=departure):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import os
 import random
@@ -108,6 +109,9 @@ async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMe
             await gateway.registry.register(endpoint)
         _ready(gateway, endpoint, bound)
         log.info("serving", grpc=f"{host}:{bound}", http=_http_address(gateway))
+        # What is loaded by now stays: a full collection would walk it again and again (tens of ms on the loop).
+        gc.collect()
+        gc.freeze()
         if meter is not None:
             meter.reset()  # what loading libraries held was no request's delay
             gateway.observe.watch_loop(meter)
