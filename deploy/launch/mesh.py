@@ -28,6 +28,7 @@ from deploy.launch.supervise import Policy, State
 from deploy.launch.supervisor import LOOK_S, Program, Running, Supervisor
 
 GATEWAY = "gateway"
+DEFAULT_GRPC = "127.0.0.1:50050"  # where client verbs look
 HARD_GRACE_S = 5.0  # what a child gets beyond the grace period that it knows of
 
 
@@ -197,6 +198,7 @@ def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: st
         "",
         "Try:",
         f"  {curl(first.program.kind, models[first.program.id], http)}",
+        *([] if grpc == DEFAULT_GRPC else [f"  export INFERMESH_GATEWAY={grpc}   # for infermesh chat and the like"]),
         "",
         *notes,
         *([""] if notes else []),

