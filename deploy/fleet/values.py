@@ -61,7 +61,7 @@ class Model(Part):
 
     id: Id
     kind: Kind
-    source: str = ""  # a hub name, a local folder; for openai-http the server's URL
+    source: str = ""  # a hub name, or a folder seen from where `up` is called; for openai-http the server's URL
     revision: str = ""  # of a hub model: a commit, tag or branch
     architecture: Annotated[Architecture | None, Later("`infermesh plan` reads it; to start a model give `source`")] = (
         None
