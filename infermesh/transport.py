@@ -35,8 +35,8 @@ def channel_options(*, wan: bool = False, **overrides: int | str) -> Options:
 
 
 def server_options(*, max_streams: int | None = None, **overrides: int | str) -> Options:
-    """For a server. `max_streams` bounds concurrent streams a connection: 64–128 where clients connect (it is what stops
-    a rapid-reset flood), at least 2 x max_running + 64 on instances (a low one starves the health checks of a busy one).
+    """For a server. `max_streams` bounds the concurrent streams of a connection: 64–128 where clients connect (it is
+    what stops a rapid-reset flood), at least 2 x max_running + 64 on instances (a low one starves health checks).
     """
     options: dict[str, int | str] = {
         "http2.min_ping_interval_without_data_ms": 250,

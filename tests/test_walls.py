@@ -28,7 +28,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "services.embedding": SERVICE,
     "services.rerank": SERVICE,
     GATEWAY: SERVICE,  # app.py, config.py and observe.py see all of the gateway
-    f"{GATEWAY}.observe": (*SERVICE, f"{GATEWAY}.routing", f"{GATEWAY}.tracing"),
+    f"{GATEWAY}.loop": SERVICE,
+    f"{GATEWAY}.observe": (*SERVICE, f"{GATEWAY}.loop", f"{GATEWAY}.routing", f"{GATEWAY}.tracing"),
     f"{GATEWAY}.tracing": (*SERVICE, f"{GATEWAY}.routing"),
     f"{GATEWAY}.config": (*SERVICE, f"{GATEWAY}.routing"),
     f"{GATEWAY}.front": (

@@ -27,7 +27,8 @@ def test_golden() -> None:
         lm.Message(role=lm.ROLE_USER, parts=[lm.ContentPart(text="a"), lm.ContentPart(text="b")]),
     ]
     assert render(VICUNA, turns, MIDNIGHT) == Rendered(
-        "A chat with an assistant.\nCurrent time: 2023-11-15.\n\nUSER: Hi {}\nASSISTANT: Hello</s>\nUSER: ab\nASSISTANT:",
+        "A chat with an assistant.\nCurrent time: 2023-11-15.\n"
+        "\nUSER: Hi {}\nASSISTANT: Hello</s>\nUSER: ab\nASSISTANT:",
         strip_space=True,
     )
 
