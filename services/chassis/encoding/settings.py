@@ -98,9 +98,9 @@ def find_source(source: str) -> str:
     if source:
         return source
     spec = importlib.util.find_spec(BUNDLED)  # found, not imported: the package loads torch
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        if (Path(folder) / "model").is_dir():
-            return str(Path(folder) / "model")
+    for place in (spec.submodule_search_locations or ()) if spec else ():
+        if (Path(place) / "model").is_dir():
+            return str(Path(place) / "model")
     raise ValueError(f"the default model is not installed: give --source, or install {BUNDLED.replace('_', '-')}")
 
 
