@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from infermesh.client import AsyncClient, Client, MeshError, Reason
-from tests.kit.mesh import ROOT, TestMesh, running_mesh, until
+from tests.kit.children import ROOT
+from tests.kit.mesh import TestMesh, running_mesh, until
 from tests.kit.processes import KEY, Served, served_mesh
 
 FAST = ("--prefill-tps", "1e6", "--step-ms", "2")

@@ -26,7 +26,8 @@ from infermesh.v1 import mesh_pb2 as ms
 from infermesh.v1 import retrieve_pb2, retrieve_pb2_grpc, worker_pb2_grpc
 from infermesh.v1.inference_pb2 import Delivery, Hints, Relay
 from infermesh.v1.worker_pb2 import DescribeRequest
-from tests.kit.mesh import ROOT, TestMesh, running_mesh, until
+from tests.kit.children import ROOT
+from tests.kit.mesh import TestMesh, running_mesh, until
 
 FAST = ("--prefill-tps", "1e6", "--step-ms", "1")
 
@@ -249,7 +250,11 @@ async def test_list_watch_explain_and_drain(tmp_path: Path) -> None:
         watch = mesh.mesh.WatchInstances(ms.WatchInstancesRequest())
         assert len((await watch.read()).instances) == 2
         running = asyncio.create_task(answer(mesh.llm.Chat(chat(max_tokens=60))))
-        await until(lambda: in_flight(mesh), 2)
+
+        async def begun() -> bool:  # there, by its own count: what is still on its way would go to the other
+            return any([(await engine_load(mesh, id))[0] for id in ("a", "b")])
+
+        await until(begun, 2)
         busy = next(i for i in (await mesh.mesh.ListInstances(ms.ListInstancesRequest())).instances if i.in_flight).id
         drained = await mesh.mesh.DrainInstance(ms.DrainInstanceRequest(instance_id=busy, reason="test"))
         assert drained.running == 1
@@ -268,7 +273,7 @@ async def test_list_watch_explain_and_drain(tmp_path: Path) -> None:
             return list(await mesh.states()) == [other]
 
         await until(gone, 5)
-        assert await mesh.instances[busy].process.wait() == 0
+        assert await asyncio.to_thread(mesh.instances[busy].popen.wait, 10) == 0
         while len((await watch.read()).instances) != 1:
             pass
         watch.cancel()

@@ -106,8 +106,15 @@ class Child:
         self.popen.kill()
         self.popen.wait()
 
+    def destroy(self) -> None:
+        """Leaves nothing of it behind, whatever it was doing."""
+        self.popen.poll()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self.popen.wait()
+
     def end(self) -> None:
-        """Leaves nothing behind.
+        """Asks it to leave; nothing of it stays.
 
         Raises:
             AssertionError: it lived, and did not leave well on SIGTERM.
@@ -120,9 +127,7 @@ class Child:
                 fault = f"ended with {code}" if code else ""
             except subprocess.TimeoutExpired:
                 fault = f"did not leave within {LEAVE_S} s"
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
-        self.popen.wait()
+        self.destroy()
         assert not fault, f"{self.name} {fault}\n{self.text()[-4000:]}"
 
 

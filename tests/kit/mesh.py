@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
-import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -23,18 +20,7 @@ from registry.host import EmbeddedRegistry
 from services.chassis.signals import Stop
 from services.gateway.app import run
 from services.gateway.config import gateway_settings
-
-ROOT = Path(__file__).resolve().parents[2]
-
-
-@dataclass
-class Instance:
-    id: str
-    process: asyncio.subprocess.Process
-    address: str = ""
-
-    def kill(self) -> None:
-        os.kill(self.process.pid, signal.SIGKILL)
+from tests.kit.children import Child, infermesh
 
 
 @dataclass
@@ -49,7 +35,7 @@ class TestMesh:
     channel: Any = None
     stop: Stop = field(default_factory=Stop)
     task: asyncio.Task[int] | None = None
-    instances: dict[str, Instance] = field(default_factory=dict)
+    instances: dict[str, Child] = field(default_factory=dict)
 
     @property
     def llm(self) -> lm_grpc.LanguageModelServiceAsyncStub:
@@ -65,31 +51,17 @@ class TestMesh:
     async def direct(self, id: str) -> lm_grpc.LanguageModelServiceAsyncStub:
         return lm_grpc.LanguageModelServiceStub(await self.dial(self.instances[id].address))  # type: ignore[return-value]
 
-    async def start(self, id: str, *flags: str, model: str = "chat", wait: bool = True) -> Instance:
+    async def start(self, id: str, *flags: str, model: str = "chat", wait: bool = True) -> Child:
         """A scripted LLM service in a process of its own."""
-        ready = self.folder / f"{id}.json"
-        arguments = [
-            *(sys.executable, "-P", "-m", "infermesh.cli", "llm", "--engine", "scripted", "--model", model),
-            *("--instance-id", id, "--listen", "127.0.0.1:0", "--registry", self.registry, "--ready-file", str(ready)),
-            *("--grace-s", "5", *flags),
-        ]
-        log = (self.folder / f"{id}.log").open("wb")
-        process = await asyncio.create_subprocess_exec(
-            *arguments,
-            cwd=ROOT,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        words = (
+            *("llm", "--engine", "scripted", "--model", model, "--instance-id", id, "--listen", "127.0.0.1:0"),
+            *("--registry", self.registry, "--grace-s", "5", *flags),
         )
-        log.close()
-        instance = self.instances[id] = Instance(id, process)
-        self.stack.push_async_callback(_end, process)
+        child = self.instances[id] = Child(self.folder, id, infermesh(*words))
+        self.stack.callback(child.destroy)
         if wait:
-            await until(lambda: ready.exists() or process.returncode is not None, 20)
-            assert ready.exists(), (self.folder / f"{id}.log").read_text()
-            instance.address = json.loads(ready.read_text())["address"]
-        return instance
+            await until(lambda: child.serves, 20)
+        return child
 
     async def states(self) -> dict[str, str]:
         listed = await self.mesh.ListInstances(ListInstancesRequest())
@@ -101,12 +73,6 @@ class TestMesh:
             return all(states.get(id) == "healthy" for id in ids)
 
         await until(check, 10)
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is None:
-        process.kill()
-    await process.wait()
 
 
 async def until(check: Callable[[], Any], timeout_s: float) -> None:
