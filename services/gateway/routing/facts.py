@@ -18,7 +18,8 @@ class Facts:
 
     `prompt_tokens` is exact when `counted`; else 0, and the router estimates it from `prompt_bytes`. `max_tokens` 0 =
     the caller set no bound. `slots` is what the request takes of an instance's `max_running` (0: tokenising). `since`
-    is when it first asked, which a re-pick keeps. `deadline` 0 = none.
+    is when it first asked, which a re-pick keeps. `deadline` 0 = none. `chain`: 64-bit hashes of the canonical prompt's
+    blocks, each over everything before it; `chain_share`: the part of the prompt that one block is.
     """
 
     kind: str
@@ -36,6 +37,8 @@ class Facts:
     excluded: frozenset[str] = frozenset()
     document_id: str = ""
     session_id: str = ""
+    chain: tuple[int, ...] = ()
+    chain_share: float = 0.0
     deadline: float = 0.0
     since: float = 0.0
 
