@@ -1,0 +1,90 @@
+"""The very router as a policy of the simulator, and the same one told nothing of the hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Literal
+
+from registry.endpoint import Endpoint, Speed
+from services.gateway.routing.admission import Bounds
+from services.gateway.routing.decision import Decision, Effect, Lease
+from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
+from services.gateway.routing.router import Router
+from services.gateway.simulator.trace import Trace
+
+NUMBERS = tuple(item.name for item in fields(Speed) if item.name != "source")
+# Peers let everybody wait in the instances for as long as it takes; that our own queue sheds nobody makes the means
+# of the two comparable.
+PATIENT = Bounds(max_requests=1 << 30, max_tokens=1 << 60, max_wait_s=1e9)
+AGE_S = 60.0  # the gateway has been up for so long: the directory is settled
+
+
+class Ours:
+    """`blind`: every speed is the mean of the model's instances, and no time that was seen is told."""
+
+    report_s: float | None = 0.0
+    cache_events: Literal["never", "at_once", "with_report"] = "with_report"
+    tick_s = 0.05
+
+    def __init__(self, name: str = "infermesh", *, blind: bool = False, bounds: Bounds = PATIENT) -> None:
+        self.name = name
+        self._blind = blind
+        self._bounds = bounds
+
+    def gateway(self, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> RouterGateway:
+        known = blinded(endpoints) if self._blind else list(endpoints)
+        return RouterGateway(directory(known, now, self._bounds), self._blind)
+
+
+class RouterGateway:
+    def __init__(self, router: Router, blind: bool = False) -> None:
+        self.router = router
+        self._blind = blind
+
+    def pick(self, facts: Facts, now: float, draw: float) -> Decision:
+        return self.router.pick(facts, now, draw)
+
+    def started(self, lease: Lease, now: float) -> list[Effect]:
+        self.router.started(lease)
+        return []
+
+    def release(self, lease: Lease, outcome: Outcome, now: float) -> list[Effect]:
+        told = replace(outcome, ttft_s=0.0, duration_s=0.0) if self._blind else outcome
+        return self.router.release(lease, told, now)
+
+    def report(self, endpoint: Endpoint, load: LoadReport, now: float) -> list[Effect]:
+        return self.router.report(endpoint.id, endpoint.incarnation, load, now)
+
+    def cache(self, endpoint: Endpoint, stored: bool, chain: Sequence[int], now: float) -> list[Effect]:
+        return []
+
+    def tick(self, now: float) -> list[Effect]:
+        return self.router.tick(now)
+
+
+def directory(endpoints: Sequence[Endpoint], now: float, bounds: Bounds = PATIENT) -> Router:
+    """A router that has known these instances for a while and is linked to all of them."""
+    router = Router(now - AGE_S, bounds)
+    router.update([Member(endpoint) for endpoint in endpoints], now)
+    for endpoint in endpoints:
+        router.linked(endpoint.id, endpoint.incarnation, now)
+    return router
+
+
+def blinded(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+    """The same instances with every number of their speed set to the mean over the model's."""
+    groups: dict[tuple[str, str], list[Endpoint]] = {}
+    for endpoint in endpoints:
+        groups.setdefault((endpoint.kind, endpoint.model), []).append(endpoint)
+    means = {key: _mean([endpoint.speed for endpoint in group]) for key, group in groups.items()}
+    return [replace(endpoint, speed=means[endpoint.kind, endpoint.model]) for endpoint in endpoints]
+
+
+def _mean(speeds: Sequence[Speed]) -> Speed:
+    values: dict[str, float] = {}
+    for name in NUMBERS:
+        known = [value for speed in speeds if (value := getattr(speed, name)) is not None]
+        if known:
+            values[name] = sum(known) / len(known)
+    return Speed(**values, source="prior")

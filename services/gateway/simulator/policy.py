@@ -1,0 +1,48 @@
+"""What the simulated mesh asks of a gateway, whichever policy decides in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, Protocol
+
+from registry.endpoint import Endpoint
+from services.gateway.routing.decision import Decision, Effect, Lease
+from services.gateway.routing.facts import Facts, LoadReport, Outcome
+from services.gateway.simulator.trace import Trace
+
+
+class Chance(Protocol):
+    """The part of `random.Random` that is used; the caller brings it, seeded."""
+
+    def random(self) -> float: ...
+
+    def gauss(self, mu: float, sigma: float) -> float: ...
+
+
+class Gateway(Protocol):
+    """One gateway. It shares nothing with the others but what instances tell all of them."""
+
+    def pick(self, facts: Facts, now: float, draw: float) -> Decision: ...
+
+    def started(self, lease: Lease, now: float) -> list[Effect]: ...
+
+    def release(self, lease: Lease, outcome: Outcome, now: float) -> list[Effect]: ...
+
+    def report(self, endpoint: Endpoint, load: LoadReport, now: float) -> list[Effect]: ...
+
+    def cache(self, endpoint: Endpoint, stored: bool, chain: Sequence[int], now: float) -> list[Effect]: ...
+
+    def tick(self, now: float) -> list[Effect]: ...
+
+
+class Policy(Protocol):
+    """Builds gateways. `report_s`: how often instances are heard (None: never; 0: at DESIGN §6's interval).
+    `cache_events`: when they tell what enters and leaves their caches. `tick_s`: how often time alone is told, 0 never.
+    """
+
+    name: str
+    report_s: float | None
+    cache_events: Literal["never", "at_once", "with_report"]
+    tick_s: float
+
+    def gateway(self, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> Gateway: ...
