@@ -18,8 +18,15 @@ def capacity(mean_ttft: Callable[[str, float], float], policies: Sequence[str], 
         ValueError: no rate within 2^-20 .. 2^20 of `start` separates the two.
     """
 
+    failed: dict[str, float] = {}  # policy -> the lowest rate it was too slow at
+
     def sustained(rate: float) -> bool:
-        return any(mean_ttft(policy, rate) < MEAN_TTFT_S for policy in policies)
+        for policy in policies:
+            if rate < failed.get(policy, float("inf")):
+                if mean_ttft(policy, rate) < MEAN_TTFT_S:
+                    return True
+                failed[policy] = rate
+        return False
 
     low = high = start
     if sustained(start):

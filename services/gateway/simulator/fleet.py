@@ -11,8 +11,6 @@ from services.gateway.simulator.encoder import EncoderEngine
 from services.gateway.simulator.engine import BUDGET, LlmEngine, Pace
 
 # What is simulated where the file is silent: the router's own priors, and a middling card for what it has none for.
-PRIOR_DOUBLING_CTX = 50_000.0
-PRIOR_KV_US_PER_KTOKEN = 50.0
 PRIOR_KV_TOKENS = 1 << 18
 OBJECTIVE_TTFT_S = 2.0
 OBJECTIVE_TPOT_MS = 80.0
@@ -21,11 +19,12 @@ OBJECTIVE_TPOT_MS = 80.0
 @dataclass(frozen=True, slots=True)
 class Site:
     """`models`: kind -> the model of requests that name none; `fallback`: model -> the one that may stand in.
-    `budget`: prompt tokens a step, by instance. `remarks`: what was assumed, a line each."""
+    `split`: device -> share of tokens. `budget`: prompt tokens a step, by instance. `remarks`: what was assumed, a line each."""
 
     endpoints: tuple[Endpoint, ...]
     models: dict[str, str]
     fallback: dict[str, str]
+    split: dict[str, float]
     ttft_s: float
     tpot_ms: float
     budget: dict[str, int] = field(default_factory=dict)
@@ -55,6 +54,7 @@ def site_of(fleet: Fleet) -> Site:
         endpoints=endpoints,
         models=models,
         fallback={model.id: model.fallback for model in fleet.models if model.fallback},
+        split=dict(fleet.routing.split),
         ttft_s=ttft_s or float("inf"),
         tpot_ms=tpot_ms or float("inf"),
         budget=budget,
@@ -97,9 +97,9 @@ def _speed(instance: Instance, kind: str, remarks: list[str]) -> Speed:
     priors = (
         {
             "prefill_tps": cost.PRIOR_PREFILL_TPS,
-            "prefill_doubling_ctx": PRIOR_DOUBLING_CTX,
+            "prefill_doubling_ctx": cost.PRIOR_DOUBLING_CTX,
             "step_ms": cost.PRIOR_STEP_MS,
-            "kv_us_per_ktoken": PRIOR_KV_US_PER_KTOKEN,
+            "kv_us_per_ktoken": cost.PRIOR_KV_US_PER_KTOKEN,
         }
         if kind == "llm"
         else {"fixed_ms": cost.PRIOR_FIXED_MS, "tokens_per_s": cost.PRIOR_TOKENS_PER_S}
@@ -128,7 +128,7 @@ def engine_of(endpoint: Endpoint, block_tokens: int, budget: int = BUDGET) -> Ll
         return EncoderEngine(endpoint.id, (speed.fixed_ms or 0.0) / 1000, speed.tokens_per_s or cost.PRIOR_TOKENS_PER_S)
     pace = Pace(
         prefill_tps=speed.prefill_tps or cost.PRIOR_PREFILL_TPS,
-        doubling=speed.prefill_doubling_ctx or PRIOR_DOUBLING_CTX,
+        doubling=speed.prefill_doubling_ctx or cost.PRIOR_DOUBLING_CTX,
         step_s=(speed.step_ms or cost.PRIOR_STEP_MS) / 1000,
         kv_s=(speed.kv_us_per_ktoken or 0.0) / 1e9,
     )

@@ -10,13 +10,15 @@ from registry.endpoint import Endpoint, Speed
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.decision import Decision, Effect, Lease
 from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
+from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
-from services.gateway.simulator.trace import Trace
+from services.gateway.simulator.fleet import Site
 
 NUMBERS = tuple(item.name for item in fields(Speed) if item.name != "source")
 # Peers let everybody wait in the instances for as long as it takes; that our own queue sheds nobody makes the means
 # of the two comparable.
 PATIENT = Bounds(max_requests=1 << 30, max_tokens=1 << 60, max_wait_s=1e9)
+LAX_TTFT_S = 3600.0  # an objective that is not there
 AGE_S = 60.0  # the gateway has been up for so long: the directory is settled
 
 
@@ -32,8 +34,8 @@ class Ours:
         self._blind = blind
         self._bounds = bounds
 
-    def gateway(self, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> RouterGateway:
-        known = blinded(endpoints) if self._blind else list(endpoints)
+    def gateway(self, site: Site, block_tokens: int, now: float) -> RouterGateway:
+        known = replace(site, endpoints=blinded(site.endpoints)) if self._blind else site
         return RouterGateway(directory(known, now, self._bounds), self._blind)
 
 
@@ -46,8 +48,7 @@ class RouterGateway:
         return self.router.pick(facts, now, draw)
 
     def started(self, lease: Lease, now: float) -> list[Effect]:
-        self.router.started(lease)
-        return []
+        return self.router.started(lease, now)
 
     def release(self, lease: Lease, outcome: Outcome, now: float) -> list[Effect]:
         told = replace(outcome, ttft_s=0.0, duration_s=0.0) if self._blind else outcome
@@ -57,28 +58,31 @@ class RouterGateway:
         return self.router.report(endpoint.id, endpoint.incarnation, load, now)
 
     def cache(self, endpoint: Endpoint, stored: bool, chain: Sequence[int], now: float) -> list[Effect]:
+        added, removed = (chain, ()) if stored else ((), chain)
+        self.router.cached(endpoint.id, endpoint.incarnation, added, removed)
         return []
 
     def tick(self, now: float) -> list[Effect]:
         return self.router.tick(now)
 
 
-def directory(endpoints: Sequence[Endpoint], now: float, bounds: Bounds = PATIENT) -> Router:
+def directory(site: Site, now: float, bounds: Bounds = PATIENT) -> Router:
     """A router that has known these instances for a while and is linked to all of them."""
-    router = Router(now - AGE_S, bounds)
-    router.update([Member(endpoint) for endpoint in endpoints], now)
-    for endpoint in endpoints:
+    policy = Policy(ttft_s=min(site.ttft_s, LAX_TTFT_S), split=site.split, fallbacks=site.fallback)
+    router = Router(now - AGE_S, bounds, policy=policy)
+    router.update([Member(endpoint) for endpoint in site.endpoints], now)
+    for endpoint in site.endpoints:
         router.linked(endpoint.id, endpoint.incarnation, now)
     return router
 
 
-def blinded(endpoints: Sequence[Endpoint]) -> list[Endpoint]:
+def blinded(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, ...]:
     """The same instances with every number of their speed set to the mean over the model's."""
     groups: dict[tuple[str, str], list[Endpoint]] = {}
     for endpoint in endpoints:
         groups.setdefault((endpoint.kind, endpoint.model), []).append(endpoint)
     means = {key: _mean([endpoint.speed for endpoint in group]) for key, group in groups.items()}
-    return [replace(endpoint, speed=means[endpoint.kind, endpoint.model]) for endpoint in endpoints]
+    return tuple(replace(endpoint, speed=means[endpoint.kind, endpoint.model]) for endpoint in endpoints)
 
 
 def _mean(speeds: Sequence[Speed]) -> Speed:

@@ -14,19 +14,19 @@ from registry.endpoint import Endpoint
 from services.gateway.routing import filters
 from services.gateway.routing.decision import Decision, Dispatch, Effect, Lease, Record, Refuse
 from services.gateway.routing.facts import Facts, LoadReport, Outcome
+from services.gateway.simulator.fleet import Site
 from services.gateway.simulator.ours import directory
-from services.gateway.simulator.trace import Trace
 
 
 class Peer:
     """A picker; `choose` is what the peers differ in. `active`: requests of this gateway in flight, by instance."""
 
-    def __init__(self, name: str, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> None:
+    def __init__(self, name: str, site: Site, block_tokens: int, now: float) -> None:
         self.name = name
-        self.endpoints = {endpoint.id: endpoint for endpoint in endpoints}
-        self.block_tokens = trace.block_tokens
-        self.active = {endpoint.id: 0 for endpoint in endpoints}
-        self._directory = directory(endpoints, now)
+        self.endpoints = {endpoint.id: endpoint for endpoint in site.endpoints}
+        self.block_tokens = block_tokens
+        self.active = {endpoint.id: 0 for endpoint in site.endpoints}
+        self._directory = directory(site, now)
         self._seq = 0
 
     def choose(self, ids: list[str], facts: Facts, prompt: int, now: float, draw: float) -> str:
@@ -83,8 +83,8 @@ class Peer:
 class RoundRobin(Peer):
     """Each in turn. nginx and SMG `round_robin`: a counter over the healthy workers."""
 
-    def __init__(self, name: str, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> None:
-        super().__init__(name, endpoints, trace, now)
+    def __init__(self, name: str, site: Site, block_tokens: int, now: float) -> None:
+        super().__init__(name, site, block_tokens, now)
         self._turn = 0
 
     def choose(self, ids: list[str], facts: Facts, prompt: int, now: float, draw: float) -> str:

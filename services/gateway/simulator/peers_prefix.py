@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from registry.endpoint import Endpoint
 from services.gateway.routing.decision import Effect, Lease
 from services.gateway.routing.facts import Facts, LoadReport
+from services.gateway.simulator.fleet import Site
 from services.gateway.simulator.peers import Peer
-from services.gateway.simulator.trace import Trace
 
 KV_UNKNOWN = 1 << 20  # tokens assumed where an instance does not tell
 
@@ -26,9 +26,9 @@ class CacheAware(Peer):
     MAX_TREE_TOKENS = (1 << 26) // 4  # characters, four a token
     EVICT_S = 120.0
 
-    def __init__(self, name: str, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> None:
-        super().__init__(name, endpoints, trace, now)
-        self._trees: dict[str, dict[int, None]] = {endpoint.id: {} for endpoint in endpoints}
+    def __init__(self, name: str, site: Site, block_tokens: int, now: float) -> None:
+        super().__init__(name, site, block_tokens, now)
+        self._trees: dict[str, dict[int, None]] = {endpoint.id: {} for endpoint in site.endpoints}
         self._evicted = now
 
     def choose(self, ids: list[str], facts: Facts, prompt: int, now: float, draw: float) -> str:
@@ -65,11 +65,11 @@ class ScorerSum(Peer):
     PREFIX, QUEUE, KV = 3.0, 2.0, 2.0
     MAX_TOKENS = 131_072
 
-    def __init__(self, name: str, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> None:
-        super().__init__(name, endpoints, trace, now)
-        self._seen: dict[str, dict[int, None]] = {endpoint.id: {} for endpoint in endpoints}
-        self._waiting = {endpoint.id: 0 for endpoint in endpoints}
-        self._kv = {endpoint.id: 0.0 for endpoint in endpoints}
+    def __init__(self, name: str, site: Site, block_tokens: int, now: float) -> None:
+        super().__init__(name, site, block_tokens, now)
+        self._seen: dict[str, dict[int, None]] = {endpoint.id: {} for endpoint in site.endpoints}
+        self._waiting = {endpoint.id: 0 for endpoint in site.endpoints}
+        self._kv = {endpoint.id: 0.0 for endpoint in site.endpoints}
 
     def heard(self, id: str, load: LoadReport, now: float) -> None:
         self._waiting[id] = load.waiting or 0
@@ -105,12 +105,12 @@ class KvOverlapCost(Peer):
 
     PREFILL_SCALE = 1.0
 
-    def __init__(self, name: str, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> None:
-        super().__init__(name, endpoints, trace, now)
-        self._held: dict[str, set[int]] = {endpoint.id: set() for endpoint in endpoints}
-        self._prefill = {endpoint.id: 0.0 for endpoint in endpoints}
-        self._decode: dict[str, dict[int, int]] = {endpoint.id: {} for endpoint in endpoints}
-        self._anonymous = {endpoint.id: 0.0 for endpoint in endpoints}
+    def __init__(self, name: str, site: Site, block_tokens: int, now: float) -> None:
+        super().__init__(name, site, block_tokens, now)
+        self._held: dict[str, set[int]] = {endpoint.id: set() for endpoint in site.endpoints}
+        self._prefill = {endpoint.id: 0.0 for endpoint in site.endpoints}
+        self._decode: dict[str, dict[int, int]] = {endpoint.id: {} for endpoint in site.endpoints}
+        self._anonymous = {endpoint.id: 0.0 for endpoint in site.endpoints}
         self._work: dict[int, tuple[str, float, float]] = {}  # seq -> instance, blocks to compute, blocks unnamed
 
     def choose(self, ids: list[str], facts: Facts, prompt: int, now: float, draw: float) -> str:

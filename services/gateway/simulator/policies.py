@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
-from registry.endpoint import Endpoint
 from services.gateway.routing.admission import Bounds
+from services.gateway.simulator.fleet import Site
 from services.gateway.simulator.ours import PATIENT, Ours
 from services.gateway.simulator.peers import LeastRequest, Peer, PowerOfTwo, RoundRobin
 from services.gateway.simulator.peers_prefix import CacheAware, KvOverlapCost, ScorerSum
 from services.gateway.simulator.policy import Gateway, Policy
-from services.gateway.simulator.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +23,8 @@ class PeerPolicy:
     cache_events: Literal["never", "at_once", "with_report"] = "never"
     tick_s: float = 0.0
 
-    def gateway(self, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> Gateway:
-        return self.build(self.name, endpoints, trace, now)
+    def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway:
+        return self.build(self.name, site, block_tokens, now)
 
 
 OURS: Final = ("infermesh", "infermesh_blind")
@@ -42,6 +40,8 @@ PEERS: Final[dict[str, PeerPolicy]] = {
     )
 }
 NAMES: Final = (*OURS, *PEERS)
+# The order in which a search for capacity asks them: the first that sustains a rate ends the question.
+STRONGEST_FIRST: Final = ("cache_aware", "kv_overlap_cost", "scorer_sum", "least_request", "power_of_two", "round_robin")
 
 
 def policy(name: str, bounds: Bounds = PATIENT) -> Policy:

@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 from registry.endpoint import Endpoint
 from services.gateway.routing.decision import Decision, Effect, Lease
 from services.gateway.routing.facts import Facts, LoadReport, Outcome
-from services.gateway.simulator.trace import Trace
+from services.gateway.simulator.fleet import Site
 
 
 class Chance(Protocol):
@@ -45,4 +45,4 @@ class Policy(Protocol):
     cache_events: Literal["never", "at_once", "with_report"]
     tick_s: float
 
-    def gateway(self, endpoints: Sequence[Endpoint], trace: Trace, now: float) -> Gateway: ...
+    def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway: ...

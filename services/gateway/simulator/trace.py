@@ -37,7 +37,7 @@ class Request:
     max_tokens: int = 0
     session_id: str = ""
     document_id: str = ""
-    degrade: bool = False
+    degrade: bool | None = None  # None: as the class says
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,8 +126,15 @@ def _request(line: dict[str, object], index: int) -> Request:
         max_tokens=int(_number(line, "max_tokens", 0, MAX_TOKENS, 0)),
         session_id=str(line.get("session_id", "")),
         document_id=str(line.get("document_id", "")),
-        degrade=bool(line.get("degrade", False)),
+        degrade=_flag(line, "degrade"),
     )
+
+
+def _flag(line: dict[str, object], key: str) -> bool | None:
+    value = line.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{key} {value!r} is not true or false")
+    return value
 
 
 def _number(line: dict[str, object], key: str, low: float, high: float, default: float | None = None) -> float:

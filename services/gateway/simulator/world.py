@@ -20,6 +20,7 @@ from services.gateway.simulator.policy import Chance, Gateway, Policy
 from services.gateway.simulator.trace import Trace
 
 HEARTBEAT_S = 1.0
+IDLE_TICK_S = 0.25  # where nobody waits, time is told less often: it is what a run costs most
 MAX_RANGE_REFUSALS = 3
 BYTES_PER_TOKEN = 4
 
@@ -59,9 +60,12 @@ class World:
             for endpoint in site.endpoints
         }
         self._versions = dict.fromkeys(self._engines, 0)
-        self._told: dict[str, tuple[int, float]] = {}  # instance -> changes and time of the last report
+        self._every = 0.0  # seconds between two reports of an instance; 0 where nobody listens
+        self._told: dict[str, tuple[int, float]] = dict.fromkeys(self._engines, (-1, -HEARTBEAT_S))
+        self._timers = dict.fromkeys(self._engines, 0)  # version of each instance's report timer
+        self._idle_since = [0.0 for _ in range(max(1, conditions.gateways))]  # last tick that found nobody waiting
         self._gateways: list[Gateway] = [
-            policy.gateway(site.endpoints, trace, 0.0) for _ in range(max(1, conditions.gateways))
+            policy.gateway(site, trace.block_tokens, 0.0) for _ in range(max(1, conditions.gateways))
         ]
         self._tickets: list[dict[int, Job]] = [{} for _ in self._gateways]
         self._jobs = [
@@ -106,8 +110,9 @@ class World:
         every = self._policy.report_s
         if every is not None:
             every = every or max(0.1, 0.0005 * len(self._engines))
+            self._every = every
             for number, id in enumerate(self._engines):
-                self._at(every * (number + 1) / len(self._engines), _REPORT, (id, every))
+                self._at(every * (number + 1) / len(self._engines), _REPORT, (id, 0))
         if self._policy.tick_s:
             for gateway in range(len(self._gateways)):
                 self._at(self._policy.tick_s, _TICK, gateway)
@@ -135,7 +140,9 @@ class World:
         elif what == _REPORT:
             self._report(*about, now)
         elif what == _TICK:
-            self._carry(self._gateways[about].tick(now), about, now)
+            if self._tickets[about] or now - self._idle_since[about] >= IDLE_TICK_S:
+                self._idle_since[about] = now
+                self._carry(self._gateways[about].tick(now), about, now)
             self._at(now + self._policy.tick_s, _TICK, about)
 
     # -- the gateways' side -----------------------------------------------------------------------------------------
@@ -184,7 +191,7 @@ class World:
             completion_tokens=job.output,
             ttft_s=job.first - job.sent,
             duration_s=now - job.sent,
-            **({"cached_tokens": job.cached} if _TELLS_CACHED else {}),
+            cached_tokens=job.cached,
         )
         self._carry(self._gateways[job.gateway].release(job.lease, outcome, now), job.gateway, now)
 
@@ -214,8 +221,13 @@ class World:
             self._at(now + self._network_s, _REFUSED, job)
             return
         job.sent = now - self._network_s
+        asleep = engine.segment is None
         if engine.add(job, now):
             self._schedule(job.instance)
+        if asleep and self._every:  # its next report would be a heartbeat; it has something to tell now
+            self._timers[job.instance] += 1
+            due = max(now, self._told[job.instance][1] + self._every)
+            self._at(due, _REPORT, (job.instance, self._timers[job.instance]))
         self._tell_cache(job.instance, now)
 
     def _schedule(self, id: str) -> None:
@@ -245,10 +257,12 @@ class World:
                 self._carry(gateway.cache(self._endpoints[id], stored, chain, now), number, now)
         log.clear()
 
-    def _report(self, id: str, every: float, now: float) -> None:
+    def _report(self, id: str, version: int, now: float) -> None:
         """On change, and as a heartbeat."""
+        if version != self._timers[id]:
+            return
         engine = self._engines[id]
-        changes, at = self._told.get(id, (-1, 0.0))
+        changes, at = self._told[id]
         if engine.segment is not None or engine.changes != changes or now - at >= HEARTBEAT_S:
             self._told[id] = (engine.changes, now)
             loads = [engine.load(number, now) for number in range(len(self._gateways))]
@@ -258,11 +272,7 @@ class World:
                 logged = tuple(log)
                 log.clear()
             self._at(now + self._network_s, _HEARD, (id, loads, logged))
-        self._at(now + every, _REPORT, (id, every))
-
-
-_TELLS_CACHED = "cached_tokens" in Outcome.__dataclass_fields__
-_TELLS_DEGRADE = "degrade" in Facts.__dataclass_fields__
+        self._at(now + (self._every if engine.segment is not None else HEARTBEAT_S), _REPORT, (id, version))
 
 
 def _facts(request: Any, trace: Trace, site: Site, error: float, chance: Chance) -> Facts:
@@ -281,7 +291,7 @@ def _facts(request: Any, trace: Trace, site: Site, error: float, chance: Chance)
         chain=request.chain,
         chain_share=trace.block_tokens / request.prompt,
         since=request.arrival,
-        **({"degrade": request.degrade} if _TELLS_DEGRADE else {}),
+        degrade=request.degrade,
     )
 
 

@@ -1,0 +1,243 @@
+"""`infermesh sim`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from infermesh.cli import BAD_USAGE, Failure
+from infermesh.cli.connect import Json
+from infermesh.cli.printing import emit_json, remark, table
+
+if TYPE_CHECKING:
+    from services.gateway.simulator.fleet import Site
+    from services.gateway.simulator.sweep import Sweep
+    from services.gateway.simulator.trace import Trace
+
+COLUMNS = ("POLICY", "DONE", "SHED", "DEGR", "TTFT", "P50", "P99", "TPOT P50", "P99", "E2E P99", "GOODPUT", "CACHE")
+
+
+def command(
+    fleet: Annotated[str, typer.Option(metavar="FLEET.yaml[,…]", help="Fleet files to compare.")],
+    trace: Annotated[Path | None, typer.Option(help="JSONL in Mooncake's form; `infermesh record` writes it.")] = None,
+    generate: Annotated[
+        str, typer.Option(metavar="SPEC", help="Made-up traffic instead: rps=4,requests=2000,prompt=3000,shape=square")
+    ] = "",
+    policy: Annotated[str, typer.Option(metavar="NAME[,…]", help="Policies to compare, or all.")] = "infermesh",
+    rate: Annotated[str, typer.Option(metavar="X[,…]", help="Speed of the arrivals, 1 = as in the trace.")] = "",
+    load: Annotated[
+        str, typer.Option(metavar="X[,…]", help="Rates as shares of what the best peer sustains (mean TTFT 10 s).")
+    ] = "",
+    gateways: Annotated[int, typer.Option(help="Gateways that share nothing.", min=1, max=256)] = 1,
+    seed: Annotated[int, typer.Option(help="Same seed, same result.", min=0)] = 0,
+    limit: Annotated[int, typer.Option(help="Only the first so many requests; 0: all.", min=0)] = 0,
+    max_wait_s: Annotated[
+        float, typer.Option(help="Longest wait in infermesh's own queue; 0: as long as it takes, like the peers.", min=0)
+    ] = 0,
+    jobs: Annotated[int, typer.Option(help="Runs at the same time, a process each.", min=1, max=64)] = 1,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw TTFT and goodput against load.")] = None,
+    json: Json = False,
+) -> None:
+    """Try routing policies and fleets on a trace, in virtual time: the very router, simulated engines.
+
+    Examples:
+        infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy infermesh,cache_aware --rate 0.5
+        infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy all --load 0.5,0.7,0.9,1.1 --jobs 4 --plot load.svg
+        infermesh sim --generate rps=4,prompt=3000,prefixes=8 --fleet today.yaml,tomorrow.yaml --json
+    """
+    from services.gateway.simulator.sweep import Sweep
+
+    if (trace is None) == (not generate):
+        raise Failure("one of --trace and --generate is needed", BAD_USAGE)
+    if rate and load:
+        raise Failure("--rate and --load exclude each other", BAD_USAGE)
+    if plot and plot.suffix != ".svg":
+        raise Failure(f"--plot {plot}: only .svg is written", BAD_USAGE)
+    names = _policies(policy)
+    numbers = _numbers("--load" if load else "--rate", load or rate or "1")
+    requests = _trace(trace, generate, seed, limit)
+    runs: list[dict[str, Any]] = []
+    for file in filter(None, fleet.split(",")):
+        site = _site(Path(file))
+        sweep = Sweep(requests, site, _conditions(gateways), _random, seed, _bounds(max_wait_s))
+        capacity = _capacity(sweep) if load else None
+        rates = [number * capacity if capacity else number for number in numbers]
+        found = _all(sweep, names, rates, jobs)
+        for number, at in zip(numbers, rates, strict=True):
+            run: dict[str, Any] = {"trace": requests.name, "fleet": file, "seed": seed, "rate": at}
+            if gateways > 1:
+                run["gateways"] = gateways
+            if capacity:
+                run |= {"load": number, "capacity": capacity}
+            runs.append({**run, "policies": {name: found[name, at] for name in names}})
+    if plot:
+        _write(plot, runs, names, "load (1 = what the best peer sustains)" if load else "rate")
+    if json:
+        emit_json(runs[0] if len(runs) == 1 else {"trace": requests.name, "seed": seed, "runs": runs})
+    else:
+        for run in runs:
+            _print(run)
+
+
+def _policies(text: str) -> list[str]:
+    from services.gateway.simulator.policies import NAMES
+
+    names = list(NAMES) if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in NAMES]
+    if unknown or not names:
+        raise Failure(f"--policy: {', '.join(unknown) or 'none'} is not one of all, {', '.join(NAMES)}", BAD_USAGE)
+    return list(dict.fromkeys(names))
+
+
+def _numbers(option: str, text: str) -> list[float]:
+    try:
+        numbers = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise Failure(f"{option} {text!r}: numbers with commas between them", BAD_USAGE) from None
+    if not all(1e-6 <= number <= 1e6 for number in numbers):
+        raise Failure(f"{option} {text!r}: each must be within 1e-6 .. 1e6", BAD_USAGE)
+    return list(dict.fromkeys(numbers))
+
+
+def _trace(path: Path | None, spec: str, seed: int, limit: int) -> Trace:
+    from services.gateway.simulator.arrivals import generate, parse_spec
+    from services.gateway.simulator.trace import parse_trace
+
+    if path is None:
+        found = generate(parse_spec(spec), _random(seed))
+    else:
+        with _open(path, "--trace") as lines:
+            found = parse_trace(lines, str(path))
+    return found.first(limit) if limit else found
+
+
+def _site(path: Path) -> Site:
+    from deploy.fleet import parse_fleet
+    from services.gateway.simulator.fleet import site_of
+
+    with _open(path, "--fleet") as file:
+        site = site_of(parse_fleet(file.read(), str(path)))
+    if not site.endpoints:
+        raise Failure(f"--fleet {path}: it has no instances", BAD_USAGE)
+    for line in site.remarks:
+        remark(f"{path}: {line}")
+    return site
+
+
+def _open(path: Path, option: str) -> Any:
+    try:
+        return path.open(encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"{option} {path}: {error.strerror}", BAD_USAGE) from None
+
+
+def _random(seed: int) -> Any:
+    from random import Random
+
+    return Random(seed)
+
+
+def _conditions(gateways: int) -> Any:
+    from services.gateway.simulator.world import Conditions
+
+    return Conditions(gateways=gateways)
+
+
+def _bounds(max_wait_s: float) -> Any:
+    from services.gateway.routing.admission import Bounds
+    from services.gateway.simulator.ours import PATIENT
+
+    return Bounds(max_wait_s=max_wait_s) if max_wait_s else PATIENT
+
+
+def _capacity(sweep: Sweep) -> float:
+    from services.gateway.simulator.capacity import capacity
+    from services.gateway.simulator.policies import STRONGEST_FIRST
+
+    found = capacity(_told(sweep), STRONGEST_FIRST)
+    remark(f"capacity: {found:.4g} x the trace's own rate")
+    return found
+
+
+def _told(sweep: Sweep) -> Any:
+    def mean_ttft(name: str, rate: float) -> float:
+        mean = sweep.mean_ttft(name, rate)
+        remark(f"rate {rate:.4g} {name}: mean TTFT {mean:.3g} s")
+        return mean
+
+    return mean_ttft
+
+
+def _all(sweep: Sweep, names: Sequence[str], rates: Sequence[float], jobs: int) -> dict[tuple[str, float], Any]:
+    from time import monotonic
+
+    tasks = [(name, rate) for rate in rates for name in names]
+    found: dict[tuple[str, float], Any] = {}
+    begun = monotonic()
+
+    def note(task: tuple[str, float], said: dict[str, Any]) -> None:
+        found[task] = said
+        mean = said["ttft_mean_s"]
+        shown = "nobody was served" if mean is None else f"mean TTFT {mean:.3g} s"
+        remark(f"[{len(found)}/{len(tasks)}, {monotonic() - begun:.0f} s] rate {task[1]:.4g} {task[0]}: {shown}")
+
+    if jobs == 1:
+        for task in tasks:
+            note(task, sweep.run(*task))
+        return found
+    from concurrent.futures import ProcessPoolExecutor, as_completed
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(min(jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
+        futures = {pool.submit(sweep.run, *task): task for task in tasks}
+        for future in as_completed(futures):
+            note(futures[future], future.result())
+    return found
+
+
+def _write(path: Path, runs: Sequence[dict[str, Any]], names: Sequence[str], axis: str) -> None:
+    from services.gateway.simulator.picture import picture
+
+    points: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+    fleets = list(dict.fromkeys(run["fleet"] for run in runs))
+    for run in sorted(runs, key=lambda run: run["rate"]):
+        for name in names:
+            line = name if len(fleets) == 1 else f"{name} on {Path(run['fleet']).stem}"
+            points.setdefault(line, []).append((run.get("load", run["rate"]), run["policies"][name]))
+    title = f"{Path(runs[0]['trace']).name} on {', '.join(Path(fleet).stem for fleet in fleets)}"
+    try:
+        path.write_text(picture(title, axis, points), encoding="utf-8")
+    except OSError as error:
+        raise Failure(f"--plot {path}: {error.strerror}") from None
+
+
+def _print(run: dict[str, Any]) -> None:
+    shown = f", load {run['load']:g} of {run['capacity']:.4g}" if "load" in run else ""
+    print(f"{run['trace']} on {run['fleet']}, rate {run['rate']:.4g}{shown}, seed {run['seed']}")
+    table(COLUMNS, [_cells(name, said) for name, said in run["policies"].items()])
+    for name, said in run["policies"].items():
+        places = [
+            f"{id} {place['requests']} ({place['busy_ratio']:.0%})"
+            for id, place in said["instances"].items()
+            if place["requests"]
+        ]
+        print(f"{name}: requests (busy): {', '.join(places) or 'none'}")
+    print()
+
+
+def _cells(name: str, said: dict[str, Any]) -> tuple[str, ...]:
+    def number(key: str, digits: int, unit: str) -> str:
+        return "-" if said[key] is None else f"{said[key]:.{digits}f} {unit}"
+
+    return (
+        name,
+        *(str(said[key]) for key in ("completed", "shed", "degraded")),
+        *(number(key, 2, "s") for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s")),
+        *(number(key, 0, "ms") for key in ("tpot_p50_ms", "tpot_p99_ms")),
+        number("e2e_p99_s", 1, "s"),
+        f"{said['goodput_share']:.1%}",
+        f"{said['cache_hit_ratio']:.1%}",
+    )
