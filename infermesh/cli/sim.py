@@ -35,7 +35,8 @@ def command(
     seed: Annotated[int, typer.Option(help="Same seed, same result.", min=0)] = 0,
     limit: Annotated[int, typer.Option(help="Only the first so many requests; 0: all.", min=0)] = 0,
     max_wait_s: Annotated[
-        float, typer.Option(help="Longest wait in infermesh's own queue; 0: as long as it takes, like the peers.", min=0)
+        float,
+        typer.Option(help="Longest wait in infermesh's own queue; 0: as long as it takes, like the peers.", min=0),
     ] = 0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time, a process each.", min=1, max=64)] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw TTFT and goodput against load.")] = None,
@@ -45,7 +46,7 @@ def command(
 
     Examples:
         infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy infermesh,cache_aware --rate 0.5
-        infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy all --load 0.5,0.7,0.9,1.1 --jobs 4 --plot load.svg
+        infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy all --load 0.5,0.9,1.1 --jobs 4 --plot load.svg
         infermesh sim --generate rps=4,prompt=3000,prefixes=8 --fleet today.yaml,tomorrow.yaml --json
     """
     from services.gateway.simulator.sweep import Sweep

@@ -41,7 +41,7 @@ class BlockCache:
         if len(held) + self.anonymous + fresh + anonymous > self.capacity:
             return None
         matched = self.match(chain)
-        stored = []
+        stored: list[int] = []
         for link in chain:
             users = held.get(link)
             if users is not None:
@@ -53,7 +53,7 @@ class BlockCache:
                 stored.append(link)
             held[link] = 1
         self.anonymous += anonymous
-        removed = []
+        removed: list[int] = []
         surplus = len(held) + self.anonymous + len(free) - self.capacity
         if surplus > 0:
             for link in free:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 MEAN_TTFT_S = 10.0  # sustained: the mean time to the first token stays below
 PRECISION = 0.02  # relative width at which the search stops
 MAX_STEPS = 40
+SPAN = 2**12  # how far from the trace's own rate is looked
 
 
 def capacity(mean_ttft: Callable[[str, float], float], policies: Sequence[str], start: float = 1.0) -> float:
@@ -15,7 +16,7 @@ def capacity(mean_ttft: Callable[[str, float], float], policies: Sequence[str], 
     `mean_ttft(policy, rate)` simulates; where a policy has failed at a rate, it is not asked for higher ones.
 
     Raises:
-        ValueError: no rate within 2^-20 .. 2^20 of `start` separates the two.
+        ValueError: no rate within SPAN of `start`, either way, separates the two.
     """
 
     failed: dict[str, float] = {}  # policy -> the lowest rate it was too slow at
@@ -32,12 +33,14 @@ def capacity(mean_ttft: Callable[[str, float], float], policies: Sequence[str], 
     if sustained(start):
         while sustained(high := low * 2):
             low = high
-            if high > start * 2**20:
-                raise ValueError("every rate is sustained: the trace asks for nothing")
+            if high > start * SPAN:
+                raise ValueError(
+                    "every rate is sustained: the trace is too short for a queue to grow; take a longer one"
+                )
     else:
         while not sustained(low := high / 2):
             high = low
-            if low < start / 2**20:
+            if low < start / SPAN:
                 raise ValueError(f"no rate is sustained: the mean TTFT is over {MEAN_TTFT_S:g} s on an idle fleet")
     for _ in range(MAX_STEPS):
         if high / low <= 1 + PRECISION:

@@ -19,7 +19,7 @@ OBJECTIVE_TPOT_MS = 80.0
 @dataclass(frozen=True, slots=True)
 class Site:
     """`models`: kind -> the model of requests that name none; `fallback`: model -> the one that may stand in.
-    `split`: device -> share of tokens. `budget`: prompt tokens a step, by instance. `remarks`: what was assumed, a line each."""
+    `split`: device -> share of tokens. `budget`: prompt tokens a step, by instance. `remarks`: what was assumed."""
 
     endpoints: tuple[Endpoint, ...]
     models: dict[str, str]

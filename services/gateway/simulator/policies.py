@@ -41,7 +41,14 @@ PEERS: Final[dict[str, PeerPolicy]] = {
 }
 NAMES: Final = (*OURS, *PEERS)
 # The order in which a search for capacity asks them: the first that sustains a rate ends the question.
-STRONGEST_FIRST: Final = ("cache_aware", "kv_overlap_cost", "scorer_sum", "least_request", "power_of_two", "round_robin")
+STRONGEST_FIRST: Final = (
+    "cache_aware",
+    "kv_overlap_cost",
+    "scorer_sum",
+    "least_request",
+    "power_of_two",
+    "round_robin",
+)
 
 
 def policy(name: str, bounds: Bounds = PATIENT) -> Policy:

@@ -40,9 +40,16 @@ class Policy(Protocol):
     `cache_events`: when they tell what enters and leaves their caches. `tick_s`: how often time alone is told, 0 never.
     """
 
-    name: str
-    report_s: float | None
-    cache_events: Literal["never", "at_once", "with_report"]
-    tick_s: float
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def report_s(self) -> float | None: ...
+
+    @property
+    def cache_events(self) -> Literal["never", "at_once", "with_report"]: ...
+
+    @property
+    def tick_s(self) -> float: ...
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway: ...

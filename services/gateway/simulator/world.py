@@ -9,7 +9,6 @@ from math import exp
 from typing import Any
 
 from infermesh.errors import Reason
-from registry.endpoint import Endpoint
 from services.gateway.routing.decision import Decision, Degrade, Dispatch, Effect, Refuse, Wait
 from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.simulator.encoder import EncoderEngine
@@ -119,7 +118,7 @@ class World:
 
     def _happen(self, what: int, about: Any, now: float) -> None:
         if what == _ENGINE:
-            self._step(*about, now)
+            self._step(about[0], about[1], now)
         elif what == _FIRST:
             about.first = now
             if about.lease is not None:
@@ -138,7 +137,7 @@ class World:
                     self._carry(gateway.cache(endpoint, stored, chain, now), number, now)
                 self._carry(gateway.report(endpoint, loads[number], now), number, now)
         elif what == _REPORT:
-            self._report(*about, now)
+            self._report(about[0], about[1], now)
         elif what == _TICK:
             if self._tickets[about] or now - self._idle_since[about] >= IDLE_TICK_S:
                 self._idle_since[about] = now
@@ -298,7 +297,3 @@ def _facts(request: Any, trace: Trace, site: Site, error: float, chance: Chance)
 def simulate(trace: Trace, site: Site, policy: Policy, conditions: Conditions, chance: Chance) -> Run:
     """One run. `chance` is used by this run alone."""
     return World(trace, site, policy, conditions, chance).run()
-
-
-def endpoint_of(site: Site, id: str) -> Endpoint:
-    return next(endpoint for endpoint in site.endpoints if endpoint.id == id)
