@@ -28,6 +28,7 @@ from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
 from registry.presence import Departure, present
 from services.chassis.arrivals import Arrivals
+from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import Identity
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
@@ -63,6 +64,7 @@ class Program:
     load: Callable[[], Load]
     died: Callable[[], Awaitable[str]]
     close: Callable[[], Awaitable[None]]
+    held: HeldPrefixes | None = None  # of services whose engine has a prefix cache
 
 
 async def run_instance(settings: InstanceSettings, build: Callable[[InstanceContext], Program]) -> int:
@@ -97,7 +99,7 @@ async def _live(
     settings, identity = context.settings, context.identity
     endpoint = settings.draft(identity.instance_id, *address, identity.incarnation)
     server = Server(program.service_names, max_streams=2 * (settings.max_running or 1024) + 64)
-    worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask)
+    worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask, program.held)
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
     bound = await server.start(settings.listen, [WORKER_SERVICE])

@@ -36,12 +36,18 @@ class Prefix:
 
 def prefix(request: lm.ChatRequest | lm.CompleteRequest, salt: bytes, rendered_at: int) -> Prefix:
     """`salt` separates tenants; `rendered_at` is the template's time, unix seconds, which only chats have."""
+    head: tuple[bytes, ...]
     if isinstance(request, lm.ChatRequest):
         head = (b"chat", salt, b"%d" % rendered_at, request.lora.encode(), request.template_args_json.encode())
-        return hash_blocks(_FIELD.join(head), b"".join(_conversation(request)))
-    if request.WhichOneof("prompt") == "token_ids":
-        return hash_blocks(_FIELD.join((b"ids", salt, request.lora.encode())), _packed(request.token_ids))
-    return hash_blocks(_FIELD.join((b"text", salt, request.lora.encode())), request.text.encode())
+    else:
+        head = ((request.WhichOneof("prompt") or "").encode(), salt, request.lora.encode())
+    return hash_blocks(_FIELD.join(head), _body(request))
+
+
+def block_share(request: lm.ChatRequest | lm.CompleteRequest) -> float:
+    """The part of the prompt that one block of its chain is: `Prefix.share`, without hashing; 0 if there is none."""
+    size = len(_body(request))
+    return BLOCK_BYTES / size if size >= BLOCK_BYTES else 0.0
 
 
 def hash_blocks(head: bytes, prompt: bytes) -> Prefix:
@@ -56,6 +62,14 @@ def hash_blocks(head: bytes, prompt: bytes) -> Prefix:
         seed = xxh3_64_intdigest(prompt[at : at + BLOCK_BYTES], seed) & MASK
         chain.append(seed)
     return Prefix(tuple(chain), BLOCK_BYTES / size)
+
+
+def _body(request: lm.ChatRequest | lm.CompleteRequest) -> bytes:
+    if isinstance(request, lm.ChatRequest):
+        return b"".join(_conversation(request))
+    if request.WhichOneof("prompt") == "token_ids":
+        return _packed(request.token_ids)
+    return request.text.encode()
 
 
 def _conversation(request: lm.ChatRequest) -> list[bytes]:

@@ -14,13 +14,14 @@ from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1 import worker_pb2_grpc
 from registry.endpoint import Endpoint, to_metadata
 from services.chassis.arrivals import Arrivals
+from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import metadata_value
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
 
 HEARTBEAT_S = 1.0
 MIN_INTERVAL_S = 0.02
-FEATURES = ("load",)
+FEATURES = ("load", "cache")  # "cache" in a gateway's hello asks for cache frames
 log = structlog.get_logger("worker")
 
 
@@ -34,12 +35,14 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         arrivals: Arrivals,
         keys: Keys,
         drain: Callable[[float | None], None],
+        held: HeldPrefixes | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._load = load
         self._arrivals = arrivals
         self._keys = keys
         self._drain = drain
+        self._held = held or HeldPrefixes()
         self._draining = asyncio.Event()
         self._grace_s = 0.0
 
@@ -82,6 +85,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         if hello is None or hello.WhichOneof("frame") != "hello":
             raise invalid("frame", "the first frame must be hello")
         gateway_id = hello.hello.gateway_id
+        with_cache = "cache" in hello.hello.features
         interval_s = max(MIN_INTERVAL_S, (hello.hello.load_interval_ms or 100) / 1000)
         endpoint = self._endpoint()
         yield wk.LinkResponse(
@@ -94,18 +98,19 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         )
         gone = asyncio.create_task(_until_goodbye(frames))
         try:
-            async for frame in self._reports(gateway_id, interval_s, gone):
+            async for frame in self._reports(gateway_id, interval_s, gone, with_cache):
                 yield frame
         finally:
             gone.cancel()
             self._arrivals.forget(gateway_id)
 
     async def _reports(
-        self, gateway_id: str, interval_s: float, gone: asyncio.Task[None]
+        self, gateway_id: str, interval_s: float, gone: asyncio.Task[None], with_cache: bool
     ) -> AsyncIterator[wk.LinkResponse]:
         """Load when it changed, at least every second; the drain once; until the gateway leaves."""
         last: wk.Load | None = None
         last_at = 0.0
+        seen: int | None = None
         told = False
         while not gone.done():
             if self._draining.is_set() and not told:
@@ -119,6 +124,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 stamped.CopyFrom(load)
                 stamped.taken_at_ms = round(now * 1000)
                 yield wk.LinkResponse(load=stamped)
+            if with_cache:
+                changes, seen = self._held.frames(seen)
+                for cache in changes:
+                    yield wk.LinkResponse(cache=cache)
             waits = {gone} if told else {gone, asyncio.ensure_future(self._draining.wait())}
             await asyncio.wait(waits, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
             for task in waits - {gone}:

@@ -10,6 +10,7 @@ import grpc.aio
 
 from infermesh.v1 import language_model_pb2_grpc
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
+from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.instance import InstanceContext, Program, run_instance
 from services.llm.engine import Engine, EngineInfo
 from services.llm.service import SERVICE, LanguageModelService
@@ -28,7 +29,8 @@ async def run(settings: LlmSettings) -> int:
 
 
 def program(settings: LlmSettings, context: InstanceContext) -> Program:
-    engine = build_engine(settings)
+    held = HeldPrefixes()
+    engine = build_engine(settings, held)
     service = LanguageModelService(engine, context.identity, context.arrivals, context.keys, settings.max_waiting)
 
     def add_services(server: grpc.aio.Server) -> None:
@@ -39,22 +41,22 @@ def program(settings: LlmSettings, context: InstanceContext) -> Program:
         service.serve(endpoint)
         return endpoint
 
-    return Program((SERVICE,), add_services, start, engine.load, engine.died, engine.close)
+    return Program((SERVICE,), add_services, start, engine.load, engine.died, engine.close, held)
 
 
-def build_engine(settings: LlmSettings) -> Engine:
-    """The chosen engine; its libraries are imported here and not before."""
+def build_engine(settings: LlmSettings, held: HeldPrefixes) -> Engine:
+    """The chosen engine; its libraries are imported here and not before. What it sees of its cache goes to `held`."""
     if settings.engine == "vllm":
         from services.llm.engines.vllm import VllmEngine
 
-        return VllmEngine(settings)
+        return VllmEngine(settings, held)
     if settings.engine == "openai-http":
         from services.llm.engines.openai_http import OpenAiHttpEngine
 
         return OpenAiHttpEngine(settings)
     from services.llm.engines.scripted import ScriptedEngine
 
-    return ScriptedEngine(settings)
+    return ScriptedEngine(settings, held)
 
 
 def complete(draft: Endpoint, info: EngineInfo) -> Endpoint:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 from collections import Counter
 
 import pytest
@@ -203,6 +204,17 @@ def test_numbers_of_the_forgotten_are_used_again() -> None:
         index.insert("a", (life, life + 1))
         index.forget("a")
     assert len(index._numbers) == 1
+
+
+def test_the_garbage_collector_has_nothing_to_walk() -> None:
+    index = PrefixIndex()
+    index.track("a", 1 << 22)
+    gc.collect()
+    before = len(gc.get_objects())
+    for start in range(0, 30_000, 100):
+        index.insert("a", range(start, start + 100))
+    gc.collect()
+    assert len(gc.get_objects()) - before < 100
 
 
 def test_reports_of_fewer_cached_tokens_shrink_the_assumed_capacity_and_more_let_it_grow() -> None:

@@ -13,9 +13,10 @@ from collections.abc import AsyncIterator, Callable, Iterator
 import infermesh
 from infermesh.errors import MeshError, Reason, unsupported
 from infermesh.v1 import language_model_pb2 as lm
-from infermesh.v1.inference_pb2 import Relay
 from infermesh.v1.worker_pb2 import Load
 from registry.endpoint import Capacity, Hardware
+from services.chassis.held_prefixes import HeldPrefixes
+from services.chassis.prefix import block_share
 from services.llm.engine import EngineInfo, Event
 from services.llm.engines.scripted_answer import Answer, replay
 from services.llm.engines.scripted_batch import Batch, Job, Pace
@@ -40,12 +41,15 @@ _MARKERS = {
 
 
 class ScriptedEngine:
-    def __init__(self, settings: LlmSettings) -> None:
+    def __init__(self, settings: LlmSettings, held: HeldPrefixes | None = None) -> None:
         speed = settings.speed
         self._options = settings.scripted
         self._window = Window(settings.scripted.max_context, *(settings.context or (0, 0)))
         self._max_running = settings.max_running or MAX_RUNNING
-        self._blocks = Blocks(max(1, (settings.kv_tokens or KV_TOKENS) // BLOCK))
+        self._held = held or HeldPrefixes()
+        self._held.live = True
+        capacity = max(1, (settings.kv_tokens or KV_TOKENS) // BLOCK)
+        self._blocks = Blocks(capacity, self._held.stored, self._held.removed)
         pace = Pace(
             speed.prefill_tps or 0, speed.prefill_doubling_ctx or 0, speed.step_ms or 0, speed.kv_us_per_ktoken or 0
         )
@@ -87,7 +91,7 @@ class ScriptedEngine:
             raise unsupported("template_args_json", "the scripted engine's template takes no arguments")
         prompt = await self._count(self._render(request))
         answer = self._answer(prompt, request, self._options.chat_tokens, natural_end=True)
-        async for event in self._run(answer, request.relay):
+        async for event in self._run(answer, request):
             yield event
 
     async def complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
@@ -98,7 +102,7 @@ class ScriptedEngine:
         answer = self._answer(prompt, request, COMPLETE_TOKENS, natural_end=False)
         if request.echo:
             answer.prefix = self._words.decode(prompt) if request.WhichOneof("prompt") == "token_ids" else request.text
-        async for event in self._run(answer, request.relay):
+        async for event in self._run(answer, request):
             yield event
 
     async def tokenize(self, request: lm.TokenizeRequest) -> lm.TokenizeResponse:
@@ -192,7 +196,8 @@ class ScriptedEngine:
                 finish = lm.FINISH_STOP
         return Answer(prompt, sampling, limit, finish)
 
-    async def _run(self, answer: Answer, relay: Relay) -> AsyncIterator[Event]:
+    async def _run(self, answer: Answer, request: lm.ChatRequest | lm.CompleteRequest) -> AsyncIterator[Event]:
+        relay = request.relay
         done = replay(answer, relay.resume.token_ids)
         ready = asyncio.Event()
         job = Job(
@@ -212,6 +217,9 @@ class ScriptedEngine:
             yield answer.event(0, 0)
             return
         self._batch.add(job)
+        if chain := relay.prefix_chain:
+            prompt = len(answer.prompt)
+            self._held.tie(chain, block_share(request), prompt, job.chain[: prompt // BLOCK], BLOCK)
         self._kick.set()
         told = 0
         try:

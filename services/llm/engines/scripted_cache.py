@@ -6,7 +6,7 @@ A block's key is the hash of its tokens and of the block before it, so equal key
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 BLOCK = 16
@@ -28,11 +28,23 @@ class Lease:
     shared: list[int] = field(default_factory=list)
 
 
+_ABSENT = object()
+
+
+def _nobody(key: int) -> None:
+    pass
+
+
 class Blocks:
     """All blocks of the engine. Blocks in use are never forgotten, the others only when room is needed."""
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(
+        self, capacity: int, stored: Callable[[int], None] = _nobody, removed: Callable[[int], None] = _nobody
+    ) -> None:
+        """`stored`, `removed`: told each key that comes into the cache or is forgotten."""
         self.capacity = capacity
+        self._stored = stored
+        self._removed = removed
         self._users: dict[int, int] = {}  # key -> requests that hold it
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self._private = 0
@@ -92,9 +104,11 @@ class Blocks:
         self._forget()
 
     def _hold(self, key: int) -> None:
-        self._idle.pop(key, None)
-        self._users[key] = self._users.get(key, 0) + 1
+        users = self._users.get(key, 0)
+        if self._idle.pop(key, _ABSENT) is _ABSENT and not users:
+            self._stored(key)
+        self._users[key] = users + 1
 
     def _forget(self) -> None:
         while self._idle and self.held + len(self._idle) > self.capacity:
-            self._idle.popitem(last=False)
+            self._removed(self._idle.popitem(last=False)[0])

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from infermesh.errors import MeshError, Reason, invalid, unsupported
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.worker_pb2 import Load
+from services.chassis.held_prefixes import HeldPrefixes
 from services.llm.engine import EngineInfo, Event
+from services.llm.engines.vllm_events import KvEvents
 from services.llm.engines.vllm_launch import Launched, launch
 from services.llm.engines.vllm_stop import stop
 from services.llm.settings import LlmSettings
@@ -31,8 +33,9 @@ CHECK_S = 0.25  # how often a live engine process is asked whether its engine li
 
 
 class VllmEngine:
-    def __init__(self, settings: LlmSettings) -> None:
+    def __init__(self, settings: LlmSettings, held: HeldPrefixes | None = None) -> None:
         self._settings = settings
+        self._events = KvEvents(held or HeldPrefixes())
         self._loading: asyncio.Task[Launched] | None = None
         self._launched: Launched | None = None
         self._started = asyncio.Event()
@@ -50,7 +53,7 @@ class VllmEngine:
         def line(text: str) -> None:
             loop.call_soon_threadsafe(progress, text)
 
-        self._loading = asyncio.create_task(asyncio.to_thread(launch, self._settings, line))
+        self._loading = asyncio.create_task(asyncio.to_thread(launch, self._settings, line, self._events.open()))
         while not (await asyncio.wait({self._loading}, timeout=STILL_LOADING_S))[0]:
             progress(f"still loading, {time.monotonic() - began:.0f} s")
         launched = self._loading.result()
@@ -62,6 +65,7 @@ class VllmEngine:
         self._window = Window(info.capacity.context_max, low, high)
         self._defaults = launched.engine.model_config.get_diff_sampling_param()
         self._kv_tokens = info.capacity.kv_tokens
+        self._events.follow(launched.engine.vllm_config.kv_events_config, info.capacity.kv_block)
         self._launched = launched
         self._started.set()
         progress("warming up")
@@ -85,6 +89,7 @@ class VllmEngine:
 
     async def _chat(self, request: lm.ChatRequest) -> AsyncGenerator[Event]:
         prompt = await self._ready.renderer.chat(request, time.time())
+        self._events.tie(request, prompt.ids)
         choice = request.tool_choice
         async with aclosing(
             self._generate(
@@ -99,6 +104,7 @@ class VllmEngine:
 
     async def _complete(self, request: lm.CompleteRequest) -> AsyncGenerator[Event]:
         prompt = await self._ready.renderer.complete(request)
+        self._events.tie(request, prompt.ids)
         async with aclosing(self._generate(prompt, request.sampling, echo=request.echo)) as events:
             async for event in events:
                 yield event
@@ -217,6 +223,12 @@ class VllmEngine:
 
     async def close(self) -> None:
         """Also in the middle of a load, which cannot be interrupted but fails when its processes go."""
+        try:
+            await self._stop()
+        finally:
+            await self._events.close()
+
+    async def _stop(self) -> None:
         if self._loading is not None and not self._loading.done():
             while not (await asyncio.wait({self._loading}, timeout=0.2))[0]:
                 for process in multiprocessing.active_children():

@@ -128,8 +128,9 @@ def refuse_unknown_arguments(given: Mapping[str, Any], known: set[str]) -> None:
         raise _failed(f"engine_args: vLLM's engine takes no {', '.join(unknown)}")
 
 
-def launch(settings: LlmSettings, progress: Callable[[str], None]) -> Launched:
-    """Loads the model; blocks for as long as that takes, so it runs in a thread.
+def launch(settings: LlmSettings, progress: Callable[[str], None], events: str) -> Launched:
+    """Loads the model; blocks for as long as that takes, so it runs in a thread. `events`: endpoint for the engine's KV
+    events, unless the operator sends them elsewhere.
 
     Raises:
         MeshError: FAILED_PRECONDITION with what is wrong and what to do.
@@ -137,7 +138,7 @@ def launch(settings: LlmSettings, progress: Callable[[str], None]) -> Launched:
     refuse_bad_source(settings.source)
     progress("importing vLLM")
     try:
-        return _launch(settings, progress)
+        return _launch(settings, progress, events)
     except MeshError:
         raise
     except ImportError as error:
@@ -162,7 +163,7 @@ def explain(error: BaseException, source: str) -> str:
     return f"vLLM refuses {source} as configured: {what}"
 
 
-def _launch(settings: LlmSettings, progress: Callable[[str], None]) -> Launched:
+def _launch(settings: LlmSettings, progress: Callable[[str], None], events: str) -> Launched:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     from vllm.platforms import current_platform
 
@@ -174,7 +175,7 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None]) -> Launched:
 
     from dataclasses import fields
 
-    from vllm.config import StructuredOutputsConfig
+    from vllm.config import KVEventsConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -187,6 +188,9 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None]) -> Launched:
     shape = {"backend": "xgrammar", "disable_any_whitespace": True}
     arguments["structured_outputs_config"] = StructuredOutputsConfig(
         **(shape | arguments.get("structured_outputs_config", {}))
+    )
+    arguments.setdefault(
+        "kv_events_config", KVEventsConfig(enable_kv_cache_events=True, publisher="zmq", endpoint=events)
     )
     progress("starting the engine: weights, then the KV cache")
     counters = Counters()
