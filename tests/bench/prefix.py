@@ -80,7 +80,14 @@ def indexing(instances: int, rng: random.Random) -> dict[str, float]:
     fresh = [chain(rng, LENGTH) for _ in range(ROUNDS)]
     cold = spread("cold_match_us", index.match, fresh)
     cold |= spread("cold_insert_us", lambda prompt: index.insert(rng.choice(names), prompt), fresh)
-    return {"entries": len(index), "bytes_each": bytes_each, "gc_objects": objects, "gc_ms": longest_collection(), **warm, **cold}
+    return {
+        "entries": len(index),
+        "bytes_each": bytes_each,
+        "gc_objects": objects,
+        "gc_ms": longest_collection(),
+        **warm,
+        **cold,
+    }
 
 
 def chain(rng: random.Random, length: int) -> tuple[int, ...]:

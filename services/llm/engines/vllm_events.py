@@ -94,6 +94,7 @@ class KvEvents:
             self._block = block
             self._held.live = True
             self._following = asyncio.create_task(self._follow(), name="kv-events")
+            self._following.add_done_callback(self._over)
 
     def tie(self, request: lm.ChatRequest | lm.CompleteRequest, ids: Sequence[int]) -> None:
         """A request is about to run with this prompt."""
@@ -109,10 +110,16 @@ class KvEvents:
         if self._folder:
             shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _over(self, following: asyncio.Task[None]) -> None:
+        if not following.cancelled() and (error := following.exception()) is not None:
+            log.error("KV events cannot be heard; gateways go on with what they guess", exc_info=error)
+            self._held.cleared()
+
     async def _follow(self) -> None:
         import zmq.asyncio
 
-        with zmq.asyncio.Context() as context, context.socket(zmq.SUB, linger=0) as socket:
+        with zmq.asyncio.Context() as context, context.socket(zmq.SUB) as socket:
+            socket.linger = 0
             socket.set_hwm(MOST_WAITING)
             socket.setsockopt(zmq.SUBSCRIBE, b"")
             socket.connect(self._endpoint)
