@@ -63,6 +63,7 @@ def command(
     runs: list[dict[str, Any]] = []
     for file in filter(None, fleet.split(",")):
         site = _site(Path(file))
+        _tell_floor(requests, site)
         sweep = Sweep(requests, site, _conditions(gateways), _random, seed, _bounds(max_wait_s))
         capacity = _capacity(sweep) if load else None
         rates = [number * capacity if capacity else number for number in numbers]
@@ -126,6 +127,14 @@ def _site(path: Path) -> Site:
     for line in site.remarks:
         remark(f"{path}: {line}")
     return site
+
+
+def _tell_floor(trace: Trace, site: Site) -> None:
+    from services.gateway.simulator.floor import mean_ttft_floor_s
+
+    floor = mean_ttft_floor_s(trace, site)
+    if floor is not None:
+        remark(f"no policy can have a mean TTFT below {floor:.3g} s here: that is with no queue and an endless cache")
 
 
 def _open(path: Path, option: str) -> Any:

@@ -14,6 +14,7 @@ from services.gateway.routing.cost import PRIOR_PREFILL_TPS
 from services.gateway.simulator.arrivals import generate, parse_spec
 from services.gateway.simulator.capacity import capacity
 from services.gateway.simulator.fleet import site_of
+from services.gateway.simulator.floor import mean_ttft_floor_s
 from services.gateway.simulator.metrics import quantile
 from services.gateway.simulator.picture import picture
 from services.gateway.simulator.trace import TraceError, parse_trace
@@ -140,6 +141,14 @@ def test_capacity_is_the_best_ones() -> None:
         capacity(lambda name, rate: 99.0, ["good"])
     with pytest.raises(ValueError, match="too short"):
         capacity(lambda name, rate: 0.0, ["good"])
+
+
+def test_the_floor_is_the_best_instance_with_everything_cached() -> None:
+    site = site_of(parse_fleet((EXAMPLES / "unlike-cards.yaml").read_text()))
+    trace = parse_trace(lines({"input_length": 1024}, {"input_length": 1024}, {"kind": "rerank"}))
+    h100 = (1024 / 30_000 * (1 + 512 / 30_600), 1 / 30_000 * (1 + 1023.5 / 30_600))
+    assert mean_ttft_floor_s(trace, site) == pytest.approx(sum(h100) / 2)
+    assert mean_ttft_floor_s(parse_trace(lines({"model": "other"})), site) is None
 
 
 def test_quantiles() -> None:

@@ -80,4 +80,8 @@ class EncoderEngine:
             self.segment = None
             return
         job = self._waiting.popleft()
-        self.segment = Turn(now, now + self._fixed_s + job.left / self._tokens_per_s, job)
+        self.segment = Turn(now, now + self.service_s(job.left), job)
+
+    def service_s(self, tokens: int) -> float:
+        """Seconds of one request by itself."""
+        return self._fixed_s + tokens / self._tokens_per_s

@@ -16,7 +16,7 @@ from services.gateway.simulator.engine import BUDGET, LlmEngine
 from services.gateway.simulator.fleet import Site, engine_of
 from services.gateway.simulator.job import Job
 from services.gateway.simulator.policy import Chance, Gateway, Policy
-from services.gateway.simulator.trace import Trace
+from services.gateway.simulator.trace import Request, Trace
 
 HEARTBEAT_S = 1.0
 IDLE_TICK_S = 0.25  # where nobody waits, time is told less often: it is what a run costs most
@@ -68,7 +68,7 @@ class World:
         ]
         self._tickets: list[dict[int, Job]] = [{} for _ in self._gateways]
         self._jobs = [
-            Job(request, number % len(self._gateways), _facts(request, trace, site, conditions.estimate_error, chance))
+            Job(request, number % len(self._gateways), facts_of(request, trace, site, _noise(conditions, chance)))
             for number, request in enumerate(trace.requests)
         ]
         self._heap: list[tuple[float, int, int, Any]] = []
@@ -274,9 +274,13 @@ class World:
         self._at(now + (self._every if engine.segment is not None else HEARTBEAT_S), _REPORT, (id, version))
 
 
-def _facts(request: Any, trace: Trace, site: Site, error: float, chance: Chance) -> Facts:
-    """What a gateway sees of a request: its bytes, not its tokens; never the length of its answer."""
-    noise = exp(chance.gauss(0.0, error)) if error else 1.0
+def _noise(conditions: Conditions, chance: Chance) -> float:
+    return exp(chance.gauss(0.0, conditions.estimate_error)) if conditions.estimate_error else 1.0
+
+
+def facts_of(request: Request, trace: Trace, site: Site, noise: float) -> Facts:
+    """What a gateway sees of a request: its bytes (`noise` times the usual number), not its tokens; never the length of
+    its answer."""
     return Facts(
         kind=request.kind,
         model=request.model or site.models.get(request.kind, ""),
