@@ -185,7 +185,9 @@ class GatewayHello(_message.Message):
     load_interval_ms: _builtins.int
     """load frames no closer together than this; 0 = 100"""
     @_builtins.property
-    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """cache"""
+
     def __init__(
         self,
         *,
@@ -214,7 +216,9 @@ class WorkerHello(_message.Message):
     incarnation: _builtins.int
     version: _builtins.str
     @_builtins.property
-    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """load, cache"""
+
     def __init__(
         self,
         *,
@@ -368,7 +372,9 @@ Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class Cache(_message.Message):
-    """Which blocks are cached, as positions of the prefix chains that requests carried."""
+    """Which blocks of the prefix chains that requests carried are cached. Sent to gateways whose hello names the feature
+    `cache`, by instances that see their engine's cache: first a snapshot, then changes. At most 4096 hashes a frame.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -377,10 +383,13 @@ class Cache(_message.Message):
     SNAPSHOT_FIELD_NUMBER: _builtins.int
     EPOCH_FIELD_NUMBER: _builtins.int
     snapshot: _builtins.bool
-    """`added` is everything; forget the rest"""
+    """forget what was known; frames that follow may add to it"""
     epoch: _builtins.int
+    """another one begins, with a snapshot, when the cache was cleared"""
     @_builtins.property
-    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def added(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """a block before those that continue it"""
+
     @_builtins.property
     def removed(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
     def __init__(
