@@ -215,7 +215,7 @@ async def test_load_spreads_by_declared_speed(tmp_path: Path) -> None:
     quick = ("--prefill-tps", "30000", "--step-ms", "5", "--max-running", "64")
     slow = ("--prefill-tps", "10000", "--step-ms", "15", "--max-running", "64")
     async with running_mesh(tmp_path, {"quick": quick, "slow": slow}) as mesh:
-        calls = [answer(mesh.llm.Chat(chat(f"burst {i}", max_tokens=100))) for i in range(60)]
+        calls = [answer(mesh.llm.Chat(chat(f"burst {i} " + "word " * 800, max_tokens=20))) for i in range(60)]
         got = Counter(events[0].started.instance_id for _, events in await asyncio.gather(*calls))
         assert 40 <= got["quick"] <= 52, got  # 45 : 15, but for reports and ends that arrive meanwhile
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -9,7 +10,7 @@ from registry.endpoint import Capacity, Endpoint
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.decision import Close, Dispatch, Effect, Lease, Refuse, Wait
 from services.gateway.routing.facts import End, Facts, LoadReport, Member, Outcome
-from services.gateway.routing.ledger import Ledger
+from services.gateway.routing.ledger import US, Entry, Ledger
 from services.gateway.routing.router import Router
 
 NAMES = ("a", "b", "c")
@@ -18,23 +19,35 @@ NAMES = ("a", "b", "c")
 def test_reconciliation_counts_arrived_prompts_as_reported_and_the_wire_in_full() -> None:
     ledger = Ledger()
     for seq in (1, 2, 3):
-        ledger.reserve(seq, 100, 10, 1)
-    ledger.reconcile(
-        LoadReport(running=5, waiting=1, queued_tokens=130, seen_seq=2, own_running=2, own_queued_tokens=80)
-    )
+        ledger.reserve(seq, Entry(prompt=100, work=US, output=10, slots=1, total=100), 0.0)
+    report = LoadReport(running=5, waiting=1, queued_tokens=130, seen_seq=2, own_running=2, own_queued_tokens=80)
+    ledger.reconcile(report, 0.5, tps=100)
     assert (ledger.foreign_running, ledger.foreign_prompt) == (4, 50)
     assert ledger.own_prompt == 80 + 100  # 1 and 2 have 80 left to compute; 3 is on the wire
     assert ledger.prompt_tokens() == 230
+    assert ledger.wait_s(0.5) == pytest.approx(0.8 + 1.0 + 0.5)
+    assert ledger.wait_s(0.7) == pytest.approx(2.1)  # the head of the line progresses with the clock
     for seq in (3, 1, 2):
-        assert ledger.release(seq)
-    assert not ledger.release(2)
-    assert (ledger.own_prompt, ledger.own_output, ledger.own_slots) == (0, 0, 0)
+        assert ledger.release(seq, 1.0)
+    assert not ledger.release(2, 1.0)
+    assert (ledger.own_prompt, ledger.own_work, ledger.own_output, ledger.own_slots) == (0, 0, 0, 0)
+
+
+def test_the_head_of_the_line_never_progresses_beyond_its_own_end() -> None:
+    ledger = Ledger()
+    ledger.reserve(1, Entry(prompt=100, work=US, output=10, slots=1, total=100), 0.0)
+    ledger.reserve(2, Entry(prompt=100, work=US, output=10, slots=1, total=100), 0.0)
+    assert ledger.wait_s(0.25) == 1.75
+    assert ledger.wait_s(9.0) == 1.0  # the engine is slower than thought: the second has not begun
+    ledger.started(1, 9.0)
+    assert ledger.wait_s(9.0) == 1.0
+    assert ledger.wait_s(9.5) == 0.5
 
 
 def test_unknown_numbers_leave_what_is_known() -> None:
     ledger = Ledger()
-    ledger.reserve(1, 100, 10, 1)
-    ledger.reconcile(LoadReport(seen_seq=1))
+    ledger.reserve(1, Entry(prompt=100, work=US, output=10, slots=1, total=100), 0.0)
+    ledger.reconcile(LoadReport(seen_seq=1), 0.0, tps=100)
     assert (ledger.own_prompt, ledger.foreign_running) == (100, 0)
 
 
@@ -93,7 +106,7 @@ def test_after_random_picks_cancels_losses_and_re_registrations_nothing_is_left(
             carry(router.release(lease, Outcome(b), now))
             assert router.release(lease, Outcome(b), now) == []
         elif what == "started" and leases:
-            router.started(leases[a % len(leases)])
+            carry(router.started(leases[a % len(leases)], now))
         elif what == "cancel" and tickets:
             carry(router.cancel(tickets.pop(a % len(tickets)), now))
         elif what == "report":
@@ -120,5 +133,6 @@ def test_after_random_picks_cancels_losses_and_re_registrations_nothing_is_left(
         carry(router.tick(now))
     for instance in router.fleet.instances.values():
         ledger = instance.ledger
-        assert (ledger.entries, ledger.own_prompt, ledger.own_output, ledger.own_slots) == ({}, 0, 0, 0)
+        assert (ledger.entries, ledger.pending, instance.line.count) == ({}, {}, 0)
+        assert (ledger.own_prompt, ledger.own_work, ledger.own_output, ledger.own_slots) == (0, 0, 0, 0)
     assert router.fleet.leaving == {} and router.waiting == 0

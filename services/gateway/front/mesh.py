@@ -111,7 +111,16 @@ def instance_message(view: InstanceView) -> ms.Instance:
 def as_dict(record: Record) -> Mapping[str, Any]:
     """The decision record as it is shown."""
     shown = dataclasses.asdict(record)
-    for candidate in shown["candidates"]:
-        candidate["terms"] = dict(candidate["terms"])
+    shown["candidates"] = [
+        {
+            "id": candidate.id,
+            "cost_s": candidate.cost_s,
+            "terms": dict(candidate.terms),
+            "weight": candidate.weight,
+            "cached_tokens": candidate.cached_tokens,
+            "ready": candidate.ready,
+        }
+        for candidate in record.candidates
+    ]
     shown["rejected"] = [{"id": id, "reason": word} for id, word in record.rejected]
     return shown

@@ -1,18 +1,21 @@
-"""The bounded wait for room: one lane for each model, so that a full one delays nobody else.
+"""The bounded wait: how much of it there is, whose it is, and where each request stands.
 
-A lane is bounded in requests, tokens and age. Order: class, then priority, then age; tenants will be made fair in
-`Waiting.key`, which is the only place that knows an order.
+Each model has bounds of its own, so that a full one delays nobody else. A request stands in the line of the instance
+that would take it as things are; where nobody could take it yet, it is `unplaced`.
 """
 
 from __future__ import annotations
 
-from bisect import insort
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.fleet import Instance
+from services.gateway.routing.line import OVERDUE, Waiting
 
-_CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
-Lane = tuple[str, str]  # kind, model as asked for
+Lane = tuple[str, str]  # kind, model
+FAMILY = 64  # relatives of a request that are looked at
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,58 +28,131 @@ class Bounds:
 
 
 @dataclass(slots=True)
-class Waiting:
-    """`until`: when it is given up, whatever comes first of deadline, age and grace."""
-
-    ticket: int
-    facts: Facts
-    tokens: int
-    until: float
-    draw: float
-    key: tuple[int, int, float, int] = field(init=False)
-
-    def __post_init__(self) -> None:
-        facts = self.facts
-        self.key = (_CLASS_RANK.get(facts.klass, 1), -facts.priority, facts.since, self.ticket)
-
-
-@dataclass(slots=True)
 class Queue:
+    """`served`: seconds of work that each tenant was given; a newcomer begins level with the least served who waits."""
+
     bounds: Bounds
-    lanes: dict[Lane, list[Waiting]] = field(default_factory=dict)
-    tokens: dict[Lane, int] = field(default_factory=dict)
     tickets: dict[int, Waiting] = field(default_factory=dict)
+    requests: dict[Lane, int] = field(default_factory=dict)
+    tokens: dict[Lane, int] = field(default_factory=dict)
+    unplaced: dict[int, Waiting] = field(default_factory=dict)
+    homes: dict[str, Instance] = field(default_factory=dict)
+    served: dict[str, float] = field(default_factory=dict)
+    present: dict[str, int] = field(default_factory=dict)  # tenant -> how many wait
+    last_ticket: int = 0
+    families: dict[int, dict[int, Waiting]] = field(default_factory=dict)  # first block of a chain -> who waits with it
+
+    def next_ticket(self) -> int:
+        self.last_ticket += 1
+        return self.last_ticket
 
     def full(self, lane: Lane, tokens: int) -> str:
         """Which bound the next request would break; empty if none. A lane that is empty takes any one request."""
-        waiting = self.lanes.get(lane)
-        if len(waiting or ()) >= self.bounds.max_requests:
+        count = self.requests.get(lane, 0)
+        if count >= self.bounds.max_requests:
             return f"{self.bounds.max_requests} requests wait already"
-        if waiting and self.tokens[lane] + tokens > self.bounds.max_tokens:
+        if count and self.tokens[lane] + tokens > self.bounds.max_tokens:
             return f"{self.tokens[lane]} tokens of work wait already"
         return ""
 
     def add(self, waiting: Waiting) -> None:
-        lane = (waiting.facts.kind, waiting.facts.model)
-        insort(self.lanes.setdefault(lane, []), waiting, key=_key)
+        facts = waiting.facts
+        lane, tenant = (facts.kind, facts.model), facts.tenant
+        self.tickets[waiting.ticket] = self.unplaced[waiting.ticket] = waiting
+        if facts.chain:
+            self.families.setdefault(facts.chain[0], {})[waiting.ticket] = waiting
+        self.requests[lane] = self.requests.get(lane, 0) + 1
         self.tokens[lane] = self.tokens.get(lane, 0) + waiting.tokens
-        self.tickets[waiting.ticket] = waiting
+        if tenant not in self.present:
+            least = min((self.served.get(other, 0.0) for other in self.present), default=0.0)
+            self.served[tenant] = max(self.served.get(tenant, 0.0), least)
+        self.present[tenant] = self.present.get(tenant, 0) + 1
+
+    def place(self, waiting: Waiting, instance: Instance | None, work: float, saved: float) -> None:
+        """Puts an unplaced request into an instance's line; None leaves it unplaced."""
+        if instance is not None:
+            del self.unplaced[waiting.ticket]
+            instance.line.add(waiting, instance.id, work, saved)
+            self.homes[instance.id] = instance
+
+    def lift(self, waiting: Waiting) -> None:
+        """Takes it out of its line; it keeps its ticket."""
+        if not waiting.home:
+            return
+        instance = self.homes[waiting.home]
+        instance.line.remove(waiting)
+        if not instance.line.count:
+            del self.homes[instance.id]
+        self.unplaced[waiting.ticket] = waiting
 
     def remove(self, ticket: int) -> Waiting | None:
         waiting = self.tickets.pop(ticket, None)
         if waiting is None:
             return None
-        lane = (waiting.facts.kind, waiting.facts.model)
-        line = self.lanes[lane]
-        line.remove(waiting)
+        self.lift(waiting)
+        del self.unplaced[ticket]
+        facts = waiting.facts
+        lane, tenant = (facts.kind, facts.model), facts.tenant
+        if facts.chain:
+            family = self.families[facts.chain[0]]
+            del family[ticket]
+            if not family:
+                del self.families[facts.chain[0]]
+        self.requests[lane] -= 1
         self.tokens[lane] -= waiting.tokens
-        if not line:
-            del self.lanes[lane], self.tokens[lane]
+        if not self.requests[lane]:
+            del self.requests[lane], self.tokens[lane]
+        self.present[tenant] -= 1
+        if not self.present[tenant]:
+            del self.present[tenant]
+            if not self.present:  # nobody waits: nobody has anything on anybody
+                self.served.clear()
         return waiting
+
+    def promised(self, facts: Facts, ticket: int = 0) -> dict[str, float]:
+        """Instance -> the part of the prompt that others who wait for it will have computed there."""
+        found: dict[str, float] = {}
+        if facts.chain:
+            for waiting in islice(self.families.get(facts.chain[0], {}).values(), FAMILY):
+                if waiting.home and waiting.ticket != ticket:
+                    share = min(1.0, shared_blocks(waiting.facts.chain, facts.chain) * facts.chain_share)
+                    found[waiting.home] = max(share, found.get(waiting.home, 0.0))
+        return found
+
+    def serve(self, tenant: str, seconds: float) -> None:
+        if tenant in self.present:
+            self.served[tenant] += seconds
+
+    def ahead(self) -> dict[str, float]:
+        """Seconds that each waiting tenant was served beyond the least served."""
+        if len(self.present) < 2:
+            return {}
+        least = min(self.served[tenant] for tenant in self.present)
+        return {tenant: self.served[tenant] - least for tenant in self.present}
+
+    def hurry(self, now: float) -> list[Waiting]:
+        """Those who have waited so long that they go before their class from now on."""
+        limit = now - OVERDUE * self.bounds.max_wait_s
+        found = [w for w in self.tickets.values() if not w.hurried and w.facts.since and w.facts.since < limit]
+        for waiting in found:
+            waiting.hurried = True
+        return found
+
+    def relatives(self, facts: Facts) -> list[Waiting]:
+        """Some of those who wait with the same beginning."""
+        return list(islice(self.families.get(facts.chain[0], {}).values(), FAMILY)) if facts.chain else []
 
     def expired(self, now: float) -> list[Waiting]:
         return [waiting for waiting in self.tickets.values() if now >= waiting.until]
 
 
-def _key(waiting: Waiting) -> tuple[int, int, float, int]:
-    return waiting.key
+def shared_blocks(a: Sequence[int], b: Sequence[int]) -> int:
+    """Blocks of the common beginning. Each hash is over all before it, so equality is decided by halving."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[middle - 1] == b[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

@@ -1,81 +1,176 @@
-"""One request against the instances of its model: who could take it, who has room, who is cheapest. Changes nothing."""
+"""One request against the instances of its model: who could take it, who is cheapest, who could begin now.
+
+Changes nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from heapq import nsmallest
 
 from infermesh.errors import Reason
-from services.gateway.routing import filters
-from services.gateway.routing.cost import TERMS, work_seconds
+from services.gateway.routing import cost, filters, rendezvous
 from services.gateway.routing.decision import Candidate, Record
 from services.gateway.routing.estimate import Estimate
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.fleet import Instance
 
 TIE = 1e-9  # relative; costs closer than this are equal
+COLD_TIE = 0.1  # of the prompt's seconds: cold prompts with a chain treat costs this close as equal
+EXAMINED = 48  # instances of a large pool that are looked at closely, beside those that hold the prompt's prefix
+HOLDERS = 16
+SAMPLE_TOKENS = 2000  # a prompt that tells fast instances from slow ones when a large pool is thinned out
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """`instance` is set, or `refusal` with its message, or neither: then it may wait, for room or (`settling`) for an
-    instance that is still being linked."""
+    """`instance` is the cheapest one, which takes the request now if `ready`; or `refusal` is set with its message; or
+    neither: then it may wait, for anybody or (`settling`) for an instance that is still being linked.
+
+    `work`: seconds of its prompt there, `uncached`: tokens. `long`: only the long-context tier could take it.
+    """
 
     record: Record
     instance: Instance | None = None
+    ready: bool = False
+    work: float = 0.0
+    step: float = 0.0
+    cached: int = 0
+    wait: float = 0.0
+    long: bool = False
     refusal: Reason | None = None
     message: str = ""
     settling: bool = False
 
 
-def choose(pool: Sequence[Instance], facts: Facts, estimate: Estimate, now: float, draw: float) -> Choice:
-    """`draw`, 0 <= draw < 1, decides among equals."""
+def tokens(facts: Facts, estimate: Estimate) -> tuple[int, int]:
+    """Tokens of prompt and of answer that the request is thought to need."""
     prompt = facts.prompt_tokens or (estimate.prompt_tokens(facts.prompt_bytes) if facts.slots else 0)
     output = estimate.output_tokens(facts.max_tokens, facts.choices) if facts.kind == "llm" and facts.slots else 0
-    passed, rejected = filters.eligible(pool, facts, prompt)
+    return prompt, output
+
+
+def cached_tokens(share: float, prompt: int) -> int:
+    """Of the prompt, where so much of it is held. The last token is always computed."""
+    return max(0, min(prompt - 1, round(share * prompt)))
+
+
+def choose(
+    pool: Sequence[Instance], facts: Facts, estimate: Estimate, held: Mapping[str, float], now: float, draw: float
+) -> Choice:
+    """`held`: instance -> part of the prompt in its cache. `draw`, 0 <= draw < 1, decides among equals."""
+    prompt, output = tokens(facts, estimate)
+    examined = pool if len(pool) <= EXAMINED + HOLDERS else _thinned(pool, held)
+    passed, rejected = filters.eligible(examined, facts, prompt)
+    if not passed and len(examined) < len(pool):
+        examined = pool
+        passed, rejected = filters.eligible(pool, facts, prompt)
     if not passed:
         return _nobody(facts, rejected, prompt, output)
-    mean = max(1, round(estimate.output)) if facts.kind == "llm" else 0
+    llm = facts.kind == "llm" and facts.slots > 0
+    long = llm and all(instance.endpoint.tier == "long-context" for instance in passed)
+    waits = [instance.ledger.wait_s(now) for instance in passed]
+    backlog = sum(waits) + sum(instance.line.seconds for instance in passed)
+    price = cost.price(backlog / len(passed))
+    mean_output = estimate.output
     candidates: list[Candidate] = []
-    best: list[Instance] = []
-    lowest = 0.0
-    full: list[tuple[str, str]] = []
-    for instance in passed:
-        if not instance.has_room(facts.slots, now):
-            full.append((instance.id, "no_room"))
-            continue
-        ledger, rates = instance.ledger, instance.rates
-        seconds = work_seconds(rates, ledger.prompt_tokens(), ledger.output_tokens(mean), prompt, output)
-        cost = sum(seconds) / rates.weight
-        candidates.append(Candidate(instance.id, cost, tuple(zip(TERMS, seconds, strict=True)), rates.weight))
-        if not best or cost < lowest * (1 - TIE):
-            best, lowest = [instance], cost
-        elif cost <= lowest * (1 + TIE):
-            best.append(instance)
-    if full:
-        rejected = tuple(sorted((*rejected, *full)))
-    chosen = best[int(draw * len(best))] if best else None
+    details: list[tuple[float, float]] = []
+    for instance, wait in zip(passed, waits, strict=True):
+        endpoint, ledger, rates = instance.endpoint, instance.ledger, instance.rates
+        capacity = endpoint.capacity
+        share = held.get(endpoint.id, 0.0) if held else 0.0
+        cached = cached_tokens(share, prompt) if share else 0
+        line = room = reserve = decode = step = 0.0
+        slot = not facts.slots or instance.has_slot(now)
+        work = rates.prefill(prompt - cached, cached)
+        running = ledger.own_slots + ledger.foreign_running
+        if llm:
+            step = rates.step(ledger.resident_tokens() + prompt)
+            if running:
+                work *= rates.interference(step)
+            decode = cost.DECODE_SHARE * output * step
+            queue = 1 + instance.line.count  # those who wait for the same room
+            free_slot = cost.slot_wait_s(mean_output, step, running)
+            if not slot:
+                room = max(instance.full_until - now, free_slot * queue)
+            if capacity.kv_tokens and running:
+                kept = 0
+                if not long and endpoint.tier == "long-context":
+                    kept = instance.reserve.kv_tokens(now, capacity.kv_tokens)
+                used = ledger.kv_used(capacity.kv_tokens)
+                missing = used + prompt - cached + output + kept - capacity.kv_tokens
+                if missing > 0:
+                    room = max(room, cost.kv_wait_s(missing, used, running, free_slot) + free_slot * queue)
+            if not long and endpoint.tier == "long-context":
+                reserve = cost.reserve_s(work, instance.reserve.load(now))
+        elif not slot:
+            room = max(instance.full_until - now, wait / max(1, running))
+        if instance.line.count:
+            line = instance.line.ahead_s(work)
+        ready = slot and not room and (wait <= rates.depth_s)
+        seconds = (wait, line, room, work * price, reserve, decode)
+        total = sum(seconds) / rates.weight
+        candidates.append(Candidate(endpoint.id, total, seconds, rates.weight, cached, ready))
+        details.append((work, step))
+    index, reason = _cheapest(candidates, details, facts, held, draw)
+    chosen, (work, step) = candidates[index], details[index]
+    ready = chosen.ready
+    full = tuple((instance.id, "no_room") for instance in passed if facts.slots and not instance.has_slot(now))
+    thought = chosen.seconds[0] + chosen.seconds[1] + chosen.seconds[2] + work + step
     record = Record(
         kind=facts.kind,
         model=facts.model,
-        chosen=chosen.id if chosen else "",
-        reason=_reason(len(candidates), len(best)),
+        chosen=chosen.id if ready else "",
+        reason=reason if ready else ("no_room" if len(full) == len(passed) else "backlog"),
         candidates=tuple(candidates),
-        rejected=rejected,
+        rejected=tuple(sorted((*rejected, *full))) if full else rejected,
         prompt_tokens=prompt,
         output_tokens=output,
-        estimate_s=lowest,
+        estimate_s=chosen.cost_s,
         waited_s=max(0.0, now - facts.since) if facts.since else 0.0,
+        cached_tokens=chosen.cached_tokens,
+        predicted_ttft_s=thought,
+        unexamined=len(pool) - len(examined),
     )
-    return Choice(record, chosen)
+    return Choice(record, passed[index], ready, work, step, chosen.cached_tokens, thought - work - step, long)
 
 
-def _reason(candidates: int, best: int) -> str:
-    if not candidates:
-        return "no_room"
-    if candidates == 1:
-        return "only_candidate"
-    return "tie" if best > 1 else "least_cost"
+def _cheapest(
+    candidates: Sequence[Candidate],
+    details: Sequence[tuple[float, float]],
+    facts: Facts,
+    held: Mapping[str, float],
+    draw: float,
+) -> tuple[int, str]:
+    """Index of the one that gets it, and why. A cold prompt with a chain falls, among near-equals, to whom its first
+    unknown block points (weighted rendezvous), so that gateways that share nothing send it to the same instance."""
+    if len(candidates) == 1:
+        return 0, "only_candidate"
+    lowest = min(candidate.cost_s for candidate in candidates)
+    best = [i for i, candidate in enumerate(candidates) if candidate.cost_s <= lowest * (1 + TIE)]
+    if facts.chain:
+        limit = lowest + COLD_TIE * min(details[i][0] for i in best)
+        close = [i for i, candidate in enumerate(candidates) if candidate.cost_s <= limit and candidate.ready]
+        if len(close) > 1:
+            known = round(max(held.values(), default=0.0) / facts.chain_share) if facts.chain_share else 0
+            key = rendezvous.cold_key(facts.chain, known)
+            return max(
+                close, key=lambda i: rendezvous.score(key, candidates[i].id, 1 / max(details[i][0], 1e-9))
+            ), "tie"
+    return best[int(draw * len(best))], "tie" if len(best) > 1 else "least_cost"
+
+
+def _thinned(pool: Sequence[Instance], held: Mapping[str, float]) -> list[Instance]:
+    """The part of a large pool that can matter: those that would finish an uncached prompt first, and holders of this
+    one's prefix. Sorted by id, like the pool."""
+    holders = nsmallest(HOLDERS, held, key=lambda id: (-held[id], id)) if held else ()
+    free = [(instance.busy_s() + instance.rates.sample_s, i) for i, instance in enumerate(pool)]
+    chosen = {i for _, i in nsmallest(EXAMINED, free)}
+    if holders:
+        kept = set(holders)
+        chosen.update(i for i, instance in enumerate(pool) if instance.id in kept)
+    return [pool[i] for i in sorted(chosen)]
 
 
 def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) -> Choice:
@@ -95,4 +190,4 @@ def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) 
         message = f"no other instance of {facts.model}"
     word = refusal.value if refusal else "starting"
     record = Record(facts.kind, facts.model, "", word, (), rejected, prompt, output)
-    return Choice(record, None, refusal, message, settling)
+    return Choice(record, refusal=refusal, message=message, settling=settling)

@@ -1,53 +1,56 @@
-"""Seconds until an instance would be done: named formulas of numbers."""
+"""Seconds until an instance would answer: every term a named function of numbers.
+
+The model has two phases. Prefill is compute: n new tokens after m cached ones cost n / prefill_tps, and attention
+doubles that at `prefill_doubling_ctx` tokens of context. Decode is memory: a step reads the weights and all resident KV.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from registry.endpoint import Endpoint, Speed
-
 # What stands for a number that nobody has told: a middling card. Never 0, never infinite.
 PRIOR_PREFILL_TPS = 2000.0
+PRIOR_DOUBLING_CTX = 50_000.0
 PRIOR_STEP_MS = 40.0
-PRIOR_SLOTS = 16  # requests that share a decode step, where max_running is unknown
-MAX_SLOTS = 64  # beyond this a step slows down about as fast as it fills up
+PRIOR_KV_US_PER_KTOKEN = 30.0
 PRIOR_FIXED_MS = 5.0
 PRIOR_TOKENS_PER_S = 5000.0
 
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """One instance's speed, made once an endpoint: tokens a second of prompt and of output, seconds a request."""
-
-    prompt_tps: float
-    output_tps: float
-    fixed_s: float
-    weight: float
-
-    @property
-    def known(self) -> bool:
-        return self.prompt_tps > 0
+CHUNK_TOKENS = 2048  # prompt tokens that share an engine step with the decoding requests: vLLM's smaller default
+PRICE_PER_S = 0.25  # β: what a second of the tier's backlog adds to the price of a second of uncached work
+DECODE_SHARE = 0.02  # γ: what a second of decoding weighs beside a second before the first token
+RESERVED_AT_MOST = 0.9  # of an instance's time, for long prompts
 
 
-def rates(endpoint: Endpoint, weight: float = 1.0) -> Rates:
-    """`weight` is the gateway's own static factor; the endpoint's multiplies in."""
-    speed: Speed = endpoint.speed
-    factor = weight * endpoint.weight
-    if endpoint.kind != "llm":
-        fixed_ms = PRIOR_FIXED_MS if speed.fixed_ms is None else speed.fixed_ms
-        return Rates(speed.tokens_per_s or PRIOR_TOKENS_PER_S, PRIOR_TOKENS_PER_S, fixed_ms / 1000, factor)
-    slots = min(endpoint.capacity.max_running or PRIOR_SLOTS, MAX_SLOTS)
-    step_s = (speed.step_ms or PRIOR_STEP_MS) / 1000
-    return Rates(speed.prefill_tps or PRIOR_PREFILL_TPS, slots / step_s, 0.0, factor)
+def prefill_s(tokens: float, cached: float, tps: float, doubling_ctx: float) -> float:
+    """Seconds to compute `tokens` new prompt tokens behind `cached` ones; cached tokens still cost attention."""
+    return tokens / tps * (1.0 + (cached + tokens / 2) / doubling_ctx)
 
 
-def work_seconds(rates: Rates, queued_prompt: int, queued_output: int, prompt: int, output: int) -> tuple[float, ...]:
-    """Least outstanding work: (seconds of prompts, seconds of outputs, fixed seconds), this request's among them."""
-    return (
-        (queued_prompt + prompt) / rates.prompt_tps,
-        (queued_output + output) / rates.output_tps,
-        rates.fixed_s,
-    )
+def step_s(base_s: float, kv_s_per_token: float, resident: float) -> float:
+    """Seconds of a decode step with `resident` tokens in the KV cache of running requests."""
+    return base_s + kv_s_per_token * resident
 
 
-TERMS = ("prompt", "output", "fixed")
+def interference(step: float, tps: float) -> float:
+    """How much longer prefill takes on an engine that decodes beside it: each chunk's step carries a decode step."""
+    return 1.0 + step * tps / CHUNK_TOKENS
+
+
+def slot_wait_s(mean_output: float, step: float, running: int) -> float:
+    """Seconds until one of `running` requests ends, where every slot is taken."""
+    return mean_output * step / max(1, running)
+
+
+def kv_wait_s(missing: float, resident: float, running: int, slot_wait: float) -> float:
+    """Seconds until `missing` tokens of KV room are free: as many requests must end as hold them."""
+    return slot_wait * max(1.0, missing * max(1, running) / max(1.0, resident)) if missing > 0 else 0.0
+
+
+def price(backlog_s: float) -> float:
+    """What a second of uncached work costs, when `backlog_s` of it wait at each instance of the tier: others wait too."""
+    return 1.0 + PRICE_PER_S * backlog_s
+
+
+def reserve_s(work: float, load: float) -> float:
+    """The delay that `work` means for long prompts, which keep `load` (0..1) of the instance busy by themselves."""
+    held = min(load, RESERVED_AT_MOST)
+    return work * held / (1.0 - held)

@@ -3,35 +3,56 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from infermesh.errors import Reason
 from services.gateway.routing.facts import Facts
 
+TERMS = ("wait", "line", "room", "prefill", "reserve", "decode")
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """An eligible instance with room. `cost_s` is the sum of `terms` (name, seconds) divided by `weight`."""
+
+class Candidate(NamedTuple):
+    """An eligible instance. `cost_s` is the sum of `seconds`, one for each of `TERMS`, divided by `weight`.
+
+    `wait`: prompts queued there. `line`: those in this gateway who would go there first. `room`: until a slot and KV room
+    are free. `prefill`: this prompt's uncached part, at the price of the backlog.
+    `reserve`: what long prompts would wait. `decode`: the answer's seconds, at their share. `ready`: it would begin soon.
+    """
 
     id: str
     cost_s: float
-    terms: tuple[tuple[str, float], ...]
+    seconds: tuple[float, ...]
     weight: float
+    cached_tokens: int
+    ready: bool
+
+    @property
+    def terms(self) -> tuple[tuple[str, float], ...]:
+        return tuple(zip(TERMS, self.seconds, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Why a request went where it went; candidates and rejected are sorted by id. All that explains reads this."""
+    """Why a request went where it went; candidates and rejected are sorted by id. All that explains reads this.
+
+    `model` is the one that serves; `degraded_from` the one asked for, where another one serves. In a large fleet,
+    `unexamined` instances were neither candidates nor rejected: others were plainly free sooner.
+    """
 
     kind: str
     model: str
     chosen: str = ""
-    reason: str = ""  # least_cost | only_candidate | tie | no_room | and the words of refusals
+    reason: str = ""  # least_cost | only_candidate | tie | backlog | no_room | and the words of refusals
     candidates: tuple[Candidate, ...] = ()
     rejected: tuple[tuple[str, str], ...] = ()
     prompt_tokens: int = 0
     output_tokens: int = 0  # expected
     estimate_s: float = 0.0  # cost of the chosen one
     waited_s: float = 0.0
+    cached_tokens: int = 0  # of the prompt, thought to be in the chosen one's cache
+    predicted_ttft_s: float = 0.0
+    degraded_from: str = ""
+    unexamined: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +95,7 @@ class Refuse:
 
 @dataclass(frozen=True, slots=True)
 class Degrade:
-    """The waiting request goes on as another model's. Comes with predicted waits; no policy produces it yet."""
+    """The waiting request goes on as another model's."""
 
     ticket: int
     model: str

@@ -12,8 +12,16 @@ BOUNDS = (0.01, 2.0)  # tokens a byte: above 1 is a template longer than its tex
 
 @dataclass(slots=True)
 class Estimate:
+    """Of one tenant's requests; what it has not seen itself comes from `model`, the estimate over all tenants, which
+    learns what this one learns."""
+
+    model: Estimate | None = None
     tokens_per_byte: float = PRIOR_TOKENS_PER_BYTE
     output: float = PRIOR_OUTPUT
+
+    def __post_init__(self) -> None:
+        if self.model is not None:
+            self.tokens_per_byte, self.output = self.model.tokens_per_byte, self.model.output
 
     def prompt_tokens(self, size: int) -> int:
         return max(1, round(size * self.tokens_per_byte))
@@ -26,6 +34,10 @@ class Estimate:
         if size > 0 and tokens > 0:
             seen = min(max(tokens / size, BOUNDS[0]), BOUNDS[1])
             self.tokens_per_byte += RATE * (seen - self.tokens_per_byte)
+            if self.model is not None:
+                self.model.observe_prompt(size, tokens)
 
     def observe_output(self, tokens: int) -> None:
         self.output += RATE * (tokens - self.output)
+        if self.model is not None:
+            self.model.observe_output(tokens)

@@ -19,7 +19,8 @@ class Facts:
     `prompt_tokens` is exact when `counted`; else 0, and the router estimates it from `prompt_bytes`. `max_tokens` 0 =
     the caller set no bound. `slots` is what the request takes of an instance's `max_running` (0: tokenising). `since`
     is when it first asked, which a re-pick keeps. `deadline` 0 = none. `chain`: 64-bit hashes of the canonical prompt's
-    blocks, each over everything before it; `chain_share`: the part of the prompt that one block is.
+    blocks, each over everything before it; `chain_share`: the part of the prompt that one block is. `degrade`: whether
+    another model may serve it under pressure, None = as its class says. `ttft_target_s` 0 = the operator's objective.
     """
 
     kind: str
@@ -41,6 +42,8 @@ class Facts:
     chain_share: float = 0.0
     deadline: float = 0.0
     since: float = 0.0
+    degrade: bool | None = None
+    ttft_target_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +81,7 @@ class End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of an attempt. Token counts are the instance's own, 0 = not told."""
+    """The end of an attempt. Token counts are the instance's own, 0 = not told (`cached_tokens`: None)."""
 
     end: End
     reason: Reason | None = None
@@ -86,3 +89,4 @@ class Outcome:
     completion_tokens: int = 0
     ttft_s: float = 0.0
     duration_s: float = 0.0
+    cached_tokens: int | None = None

@@ -5,34 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from registry.endpoint import Endpoint
-from services.gateway.routing.cost import Rates
 from services.gateway.routing.health import State, Voices
-from services.gateway.routing.ledger import Ledger
+from services.gateway.routing.ledger import US, Ledger
+from services.gateway.routing.line import Line
+from services.gateway.routing.rates import Rates
+from services.gateway.routing.reserve import Reserve
 
 
 @dataclass(slots=True)
 class Instance:
-    """One life of one instance. `full_until`: it refused for want of room, and is left alone until then."""
+    """One life of one instance. `full_until`: it refused for want of room, and is left alone until then. `line`: who
+    waits in this gateway and would go here as things stand."""
 
     endpoint: Endpoint
     rates: Rates
     voices: Voices = field(default_factory=Voices)
     ledger: Ledger = field(default_factory=Ledger)
+    line: Line = field(default_factory=Line)
+    reserve: Reserve = field(default_factory=Reserve)
     state: State = State.STARTING
     full_until: float = 0.0
+    barred: bool = False  # its class of cards is ahead of its share of the split
 
     @property
     def id(self) -> str:
         return self.endpoint.id
 
-    def has_room(self, slots: int, now: float) -> bool:
+    def has_slot(self, now: float) -> bool:
         """`max_running` is the gateway's cap too; an unknown one caps nothing."""
-        if not slots:
-            return True
-        if now < self.full_until:
+        if now < self.full_until or self.barred:
             return False
         cap = self.endpoint.capacity.max_running
         return not cap or self.ledger.running() < cap
+
+    def busy_s(self) -> float:
+        """Seconds of prompts queued there and in this gateway for it; coarse and cheap."""
+        ledger = self.ledger
+        return (ledger.own_work + ledger.foreign_work) / US + self.line.seconds
 
 
 @dataclass(slots=True)

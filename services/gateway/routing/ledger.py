@@ -1,7 +1,8 @@
-"""Work in flight on one instance, in tokens: our own to the token, foreign work as the instance reports it.
+"""Work in flight on one instance: our own to the token, foreign work as the instance reports it.
 
-Load = the foreign part of the last report + our own ledger, never both. All numbers are integers, so that what was
-added is taken away exactly.
+Load = the foreign part of the last report + our own ledger, never both. All sums are integers (tokens, microseconds), so
+that what was added is taken away exactly. An engine computes prompts one after the other; between two reports the head of
+that line is taken to progress with the clock, never beyond its own end.
 """
 
 from __future__ import annotations
@@ -10,81 +11,160 @@ from dataclasses import dataclass, field
 
 from services.gateway.routing.facts import LoadReport
 
+US = 1_000_000
+
 
 @dataclass(slots=True)
 class Entry:
-    """One attempt. `prompt` becomes 0 once the first token is out: it is computed."""
+    """One attempt. `prompt` (uncached tokens) and `work` (their microseconds) become 0 once the first token is out.
+
+    `total`: tokens of prompt, cached ones included. `thought`: seconds of its prefill, 0 where others were queued before it. `step`: seconds
+    of a decode step, as predicted. `arrivals`: how many had been sent here when its first token came.
+    """
 
     prompt: int
+    work: int
     output: int
     slots: int
+    total: int = 0
+    cached: int = 0
+    thought: float = 0.0
+    step: float = 0.0
+    at: float = 0.0
+    started_at: float = 0.0
+    arrivals: int = 0
 
 
 @dataclass(slots=True)
 class Ledger:
-    """`mean_output` tokens stand for each foreign request, whose length nobody tells us."""
+    """`since`: when the head of the line of prompts began to be computed. `fresh`: resident tokens of requests that
+    started since the last report, which does not know them."""
 
     entries: dict[int, Entry] = field(default_factory=dict)
+    pending: dict[int, Entry] = field(default_factory=dict)  # those without a first token, oldest first
     own_prompt: int = 0
+    own_work: int = 0
     own_output: int = 0
     own_slots: int = 0
+    own_resident: int = 0
     foreign_prompt: int = 0
+    foreign_work: int = 0
     foreign_running: int = 0
+    fresh: int = 0
+    since: float = 0.0
+    arrivals: int = 0
     report: LoadReport | None = None
 
-    def reserve(self, seq: int, prompt: int, output: int, slots: int) -> None:
-        self.entries[seq] = Entry(prompt, output, slots)
-        self.own_prompt += prompt
-        self.own_output += output
-        self.own_slots += slots
+    def reserve(self, seq: int, entry: Entry, now: float) -> None:
+        if not self.own_work and not self.foreign_work:
+            self.since = now
+        self.arrivals += 1
+        self.entries[seq] = entry
+        if entry.work or entry.prompt:
+            self.pending[seq] = entry
+        self.own_prompt += entry.prompt
+        self.own_work += entry.work
+        self.own_output += entry.output
+        self.own_slots += entry.slots
+        self.own_resident += entry.total + entry.output
 
-    def started(self, seq: int) -> None:
-        """The first token is out."""
+    def started(self, seq: int, now: float) -> Entry | None:
+        """The first token is out. None when that is known, or nobody knows the request."""
         entry = self.entries.get(seq)
-        if entry is not None:
-            self.own_prompt -= entry.prompt
-            entry.prompt = 0
+        if entry is None or entry.started_at:
+            return None
+        entry.started_at = now
+        entry.arrivals = self.arrivals
+        self.fresh += entry.total
+        self._done(seq, entry, now)
+        return entry
 
-    def release(self, seq: int) -> bool:
-        """True the first time."""
+    def release(self, seq: int, now: float) -> Entry | None:
+        """The entry, the first time."""
         entry = self.entries.pop(seq, None)
         if entry is None:
-            return False
-        self.own_prompt -= entry.prompt
+            return None
+        self._done(seq, entry, now)
         self.own_output -= entry.output
         self.own_slots -= entry.slots
-        return True
+        self.own_resident -= entry.total + entry.output
+        return entry
 
-    def reconcile(self, report: LoadReport) -> None:
+    def _done(self, seq: int, entry: Entry, now: float) -> None:
+        if self.pending.pop(seq, None) is None:
+            return
+        self.own_prompt -= entry.prompt
+        self.own_work -= entry.work
+        entry.prompt = entry.work = 0
+        self.since = now
+
+    def reconcile(self, report: LoadReport, now: float, tps: float) -> None:
         """Takes a load frame in. Attempts up to `seen_seq` have arrived, and the instance says how much of their
-        prompts is still to be computed; later ones are on the wire, and count in full."""
+        prompts is still to be computed; later ones are on the wire, and count in full. `tps` turns foreign tokens into
+        work."""
         self.report = report
+        self.fresh = 0
         if report.running is not None:
             total = report.running + (report.waiting or 0)
             self.foreign_running = max(0, total - report.own_running)
         if report.queued_tokens is None:
             return
-        self.foreign_prompt = max(0, report.queued_tokens - report.own_queued_tokens)
-        arrived = [entry for seq, entry in self.entries.items() if seq <= report.seen_seq and entry.prompt]
+        foreign = max(0, report.queued_tokens - report.own_queued_tokens)
+        if foreign < self.foreign_prompt or not (self.own_work or self.foreign_work):
+            self.since = now
+        self.foreign_prompt = foreign
+        self.foreign_work = round(foreign * US / tps)
+        arrived = [entry for seq, entry in self.pending.items() if seq <= report.seen_seq]
         excess = sum(entry.prompt for entry in arrived) - report.own_queued_tokens
         for entry in arrived:  # oldest first, as an engine computes them
             if excess <= 0:
                 break
             done = min(excess, entry.prompt)
-            entry.prompt -= done
-            self.own_prompt -= done
-            excess -= done
+            if done:
+                work = entry.work * done // entry.prompt
+                entry.prompt -= done
+                entry.work -= work
+                self.own_prompt -= done
+                self.own_work -= work
+                excess -= done
+                self.since = now
 
     def forget_report(self) -> None:
         """The Link is gone: what others have there is unknown."""
         self.report = None
-        self.foreign_prompt = self.foreign_running = 0
+        self.foreign_prompt = self.foreign_work = self.foreign_running = self.fresh = 0
+
+    def wait_s(self, now: float) -> float:
+        """Seconds of prompts queued, less what the head of the line has done since it began."""
+        left = self.own_work + self.foreign_work
+        if not left:
+            return 0.0
+        head = self.foreign_work
+        for entry in self.pending.values():
+            head += entry.work
+            break
+        done = (now - self.since) * US
+        return max(0.0, (left - min(done, head) if done > 0 else left) / US)
 
     def prompt_tokens(self) -> int:
         return self.own_prompt + self.foreign_prompt
 
-    def output_tokens(self, mean_output: int) -> int:
-        return self.own_output + self.foreign_running * mean_output
-
     def running(self) -> int:
         return self.own_slots + self.foreign_running
+
+    def resident_tokens(self) -> int:
+        """Tokens that decoding requests attend to; a prefix that several share counts for each of them."""
+        report = self.report
+        if report is not None and report.resident_tokens is not None:
+            return report.resident_tokens + self.fresh
+        return self.own_resident
+
+    def kv_used(self, kv_tokens: int) -> int:
+        """Tokens of KV room that running requests and those about to start take; a shared prefix counts once."""
+        report = self.report
+        if report is None or not report.kv_used_ratio and report.resident_tokens is None:
+            return self.own_resident
+        queued = self.own_prompt + self.foreign_prompt
+        if report.kv_used_ratio is None:
+            return report.resident_tokens + self.fresh + queued  # type: ignore[operator]
+        return round(report.kv_used_ratio * kv_tokens) + queued

@@ -167,7 +167,13 @@ class Exchange:
         if forwarder.budget.live > forwarder.limits.max_concurrent:
             message = f"{forwarder.limits.max_concurrent} requests are in this gateway already"
             raise MeshError(Reason.QUEUE_FULL, message, retry_after_s=1.0)
-        self._facts = facts = describe(self._method, self._request, caller, self._deadline, now)
+        salt = forwarder.salt(caller.tenant)
+        granularity_s = forwarder.time_granularity_s
+        rendered_at = int(time.time()) // granularity_s * granularity_s  # once: another rendering gives the same tokens
+        self._facts = facts = describe(self._method, self._request, caller, self._deadline, now, salt, rendered_at)
+        relay = self._request.relay  # what of it is the same at every attempt; `_amend` sets the rest
+        relay.cache_salt, relay.rendered_at = salt, rendered_at
+        relay.prefix_chain.extend(facts.chain)
         if caller.tokens_per_minute:
             tokens = sum(self._carrier.router.estimate(facts))
             self._reserved = forwarder.quota.reserve(caller.tenant, caller.tokens_per_minute, tokens, now)
@@ -221,7 +227,7 @@ class Exchange:
         self._verify(await call.initial_metadata(), endpoint)
         message = method.response.FromString(first)
         self._ttft = carrier.now() - self._begun
-        carrier.router.started(lease)
+        carrier.do(carrier.router.started(lease, carrier.now()))
         self._stop_retrying()
         self.identity = Identity(endpoint.id, endpoint.model, self.attempts)
         self._first = Event(first, message)
@@ -239,9 +245,6 @@ class Exchange:
         relay.seq = lease.seq
         relay.attempt = self.attempts
         relay.tenant = self._context.caller.tenant
-        relay.cache_salt = forwarder.salt(relay.tenant)
-        if not relay.rendered_at:  # fixed at the first dispatch, so that another rendering gives the same tokens
-            relay.rendered_at = int(time.time()) // forwarder.time_granularity_s * forwarder.time_granularity_s
         return request.SerializeToString()
 
     def _metadata(self, lease: Lease, endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
@@ -311,6 +314,7 @@ class Exchange:
             usage.completion_tokens if usage is not None else self._tokens,
             self._ttft,
             now - self._begun,
+            usage.cached_tokens if usage is not None and self._method.streams else None,
         )
         self._carrier.release(lease, outcome)
 

@@ -1,0 +1,113 @@
+"""Who waits in this gateway for one instance, in the order in which it would take them.
+
+A place in a line is not a binding: when the instance can take somebody, or another one stands idle, the choice is made
+again with what is known then. Order: class and priority, then a key that never changes while a request waits (its work
+here plus its age at a discount: short work first, but everybody's turn comes), then fairness between tenants.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from math import frexp
+
+from services.gateway.routing.facts import Facts
+
+AGING = 0.2  # a second of waiting outweighs so many seconds of work
+HASTE = 0.5  # a second that the cache saves now, and might not later, outweighs so many seconds of work
+FAIRNESS = 1.0  # a second of service that a tenant had beyond the least served one outweighs so many of its work
+OVERDUE = 0.5  # of the longest wait: from then on a request goes before its class
+SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
+_CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
+Rank = tuple[int, int]
+Key = tuple[int, int, float, int]
+
+
+@dataclass(slots=True, eq=False)
+class Waiting:
+    """One waiting request. `until`: when it is given up, whatever comes first of deadline, age and grace. `held`: the
+    part of its prompt by instance, as last known. `work`: seconds of its prompt where it stands; `home`: the instance's
+    id, empty where nobody could take it yet."""
+
+    ticket: int
+    facts: Facts
+    tokens: int
+    until: float
+    draw: float
+    held: dict[str, float]
+    home: str = ""
+    work: float = 0.0
+    saved: float = 0.0
+    key: Key = (0, 0, 0.0, 0)
+    hurried: bool = False
+    degraded_from: str = ""
+
+    def order(self, work: float, saved: float) -> Key:
+        facts = self.facts
+        rank = _CLASS_RANK.get(facts.klass, 1) - (3 if self.hurried else 0)
+        return (rank, -facts.priority, work - HASTE * saved + AGING * facts.since, self.ticket)
+
+
+@dataclass(slots=True)
+class Line:
+    """`seconds`: work of all that stand here; `sizes`: the same by power of two."""
+
+    tenants: dict[str, list[tuple[Key, Waiting]]] = field(default_factory=dict)
+    seconds: float = 0.0
+    count: int = 0
+    sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
+
+    def add(self, waiting: Waiting, home: str, work: float, saved: float) -> None:
+        waiting.home, waiting.work, waiting.saved, waiting.key = home, work, saved, waiting.order(work, saved)
+        insort(self.tenants.setdefault(waiting.facts.tenant, []), (waiting.key, waiting), key=_key)
+        self.count += 1
+        self.seconds += work
+        self.sizes[_size(work)] += work
+
+    def remove(self, waiting: Waiting) -> None:
+        entries = self.tenants[waiting.facts.tenant]
+        del entries[bisect_left(entries, waiting.key, key=_key)]
+        if not entries:
+            del self.tenants[waiting.facts.tenant]
+        waiting.home = ""
+        self.count -= 1
+        if self.count:
+            self.seconds -= waiting.work
+            self.sizes[_size(waiting.work)] -= waiting.work
+        else:  # no dust of rounding
+            self.seconds, self.sizes = 0.0, [0.0] * SIZES
+
+    def ahead_s(self, work: float) -> float:
+        """Seconds of those who would be taken before somebody with so much work."""
+        if not self.count:
+            return 0.0
+        return sum(self.sizes[: _size(work) + 1])  # equals go by age
+
+    def first(self, served: dict[str, float]) -> Waiting | None:
+        """Whom the instance would take now. `served`: seconds that each tenant had beyond the least served one."""
+        best: Waiting | None = None
+        lowest: tuple[int, int, float, int] | None = None
+        for tenant, entries in self.tenants.items():
+            (rank, priority, key, ticket), waiting = entries[0]
+            fair = (rank, priority, key + FAIRNESS * served.get(tenant, 0.0), ticket)
+            if lowest is None or fair < lowest:
+                best, lowest = waiting, fair
+        return best
+
+    def last(self, count: int) -> Iterator[Waiting]:
+        """Some of those who would wait longest."""
+        for entries in self.tenants.values():
+            for _, waiting in entries[-count:]:
+                yield waiting
+
+    def all(self) -> list[Waiting]:
+        return [waiting for entries in self.tenants.values() for _, waiting in entries]
+
+
+def _key(entry: tuple[Key, Waiting]) -> Key:
+    return entry[0]
+
+
+def _size(work: float) -> int:
+    return min(SIZES - 1, max(0, frexp(work)[1] + 8)) if work > 0 else 0

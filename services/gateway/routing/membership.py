@@ -1,0 +1,124 @@
+"""The fleet as others tell of it: the directory, Links, drains, probes; and what that means for those who wait."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from services.gateway.routing import serving
+from services.gateway.routing.decision import Close, Effect, Eject
+from services.gateway.routing.desk import Desk
+from services.gateway.routing.facts import Member
+from services.gateway.routing.fleet import Instance
+from services.gateway.routing.health import State
+from services.gateway.routing.rates import rates
+
+
+def update(desk: Desk, members: Iterable[Member], now: float, *, young: bool, stale: bool) -> list[Effect]:
+    """The directory's whole content. Unchanged lives keep everything; a stale directory removes nobody."""
+    desk.young = young
+    fleet = desk.fleet
+    effects: list[Effect] = []
+    listed: set[str] = set()
+    for member in members:
+        listed.add(member.endpoint.id)
+        effects += _member(desk, member)
+    if not stale:
+        for instance in [i for i in fleet.instances.values() if i.id not in listed]:
+            voices = instance.voices
+            if voices.registered:
+                voices.registered, voices.unregistered_at = False, now
+    for instance in list(fleet.instances.values()):
+        if instance.voices.over(now):
+            effects += retire(desk, instance, "no longer registered")
+        else:
+            effects += _state(instance, "the registry gave it up")
+    fleet.index()
+    desk.ever.update(fleet.pools)
+    return effects + _settle(desk, now)
+
+
+def hear(desk: Desk, id: str, incarnation: int, why: str, now: float, **said: object) -> list[Effect]:
+    """A voice about one life of an instance."""
+    instance = desk.fleet.instances.get(id)
+    if instance is None or instance.endpoint.incarnation != incarnation:
+        return []
+    for name, value in said.items():
+        setattr(instance.voices, name, value)
+    if instance.voices.over(now):
+        return retire(desk, instance, why) + _settle(desk, now)
+    return refresh(desk, instance, why, now)
+
+
+def refresh(desk: Desk, instance: Instance, why: str, now: float) -> list[Effect]:
+    """Brings the state up to the voices, and gives the instance, or those who waited for it, what follows."""
+    before = instance.state
+    effects = _state(instance, why)
+    if instance.state is not before:
+        return effects + _settle(desk, now)
+    return effects + serving.serve(desk, instance, now)
+
+
+def retire(desk: Desk, instance: Instance, why: str) -> list[Effect]:
+    """Nobody vouches for it any more. Whoever stood in its line is unplaced."""
+    for waiting in instance.line.all():
+        desk.queue.lift(waiting)
+    del desk.fleet.instances[instance.id]
+    desk.fleet.index()
+    desk.index.forget(instance.id)
+    life = (instance.id, instance.endpoint.incarnation)
+    told = instance.state in (State.LOST, State.DRAINING)
+    effects: list[Effect] = [] if told else [Eject(instance.id, why)]
+    if instance.ledger.entries:
+        desk.fleet.leaving[life] = instance
+    else:
+        effects.append(Close(*life))
+    return effects
+
+
+def _settle(desk: Desk, now: float) -> list[Effect]:
+    """The fleet changed: those who stand in the line of somebody who takes no more are placed anew, and all lines move."""
+    if not desk.queue.tickets:
+        return []
+    for instance in list(desk.queue.homes.values()):
+        if instance.state is not State.HEALTHY:
+            for waiting in instance.line.all():
+                desk.queue.lift(waiting)
+    return serving.serve_all(desk, now)
+
+
+def _member(desk: Desk, member: Member) -> list[Effect]:
+    endpoint, fleet = member.endpoint, desk.fleet
+    weight = desk.policy.weights.get(endpoint.id, 1.0)
+    known = fleet.instances.get(endpoint.id)
+    effects: list[Effect] = []
+    if known is not None:
+        before = known.endpoint
+        if before.incarnation == endpoint.incarnation:
+            known.voices.registered, known.voices.passing = True, member.passing
+            if before != endpoint:
+                learned = known.rates if before.speed == endpoint.speed else None
+                known.endpoint, known.rates = endpoint, rates(endpoint, weight)
+                if learned is not None:
+                    known.rates.slowness, known.rates.step_slowness = learned.slowness, learned.step_slowness
+                desk.index.track(endpoint.id, endpoint.capacity.kv_tokens)
+            return []
+        effects = retire(desk, known, "another life of it registered")
+    if not member.passing:  # it never spoke to us, and the registry says it is not well
+        return effects
+    fresh = Instance(endpoint, rates(endpoint, weight))
+    back = fleet.leaving.pop((endpoint.id, endpoint.incarnation), None)
+    if back is not None:  # the same life returned while work of ours still runs there
+        fresh.ledger = back.ledger
+        fresh.ledger.forget_report()
+    fleet.instances[endpoint.id] = fresh
+    if endpoint.kind == "llm":
+        desk.index.track(endpoint.id, endpoint.capacity.kv_tokens)
+    return effects
+
+
+def _state(instance: Instance, why: str) -> list[Effect]:
+    state = instance.voices.state()
+    if state is instance.state:
+        return []
+    instance.state = state
+    return [Eject(instance.id, why)] if state in (State.LOST, State.DRAINING) else []
