@@ -7,6 +7,7 @@ from typing import Any
 
 from infermesh.errors import MeshError, Reason, invalid
 from services.chassis import checks
+from services.chassis.prefix import Prefix, prefix
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.calls import Caller, Method
 
@@ -31,8 +32,12 @@ def check(method: Method, request: Any, caller: Caller) -> None:
         raise MeshError(Reason.PERMISSION_DENIED, f"this API key is not for the model {request.model!r}", param="model")
 
 
-def describe(method: Method, request: Any, caller: Caller, deadline: float, now: float) -> Facts:
+def describe(
+    method: Method, request: Any, caller: Caller, deadline: float, now: float, salt: bytes = b"", rendered_at: int = 0
+) -> Facts:
+    """`salt` and `rendered_at` (unix seconds): what the request's relay will say, since both are part of its prefix."""
     size, counted = _prompt(method, request)
+    begins = prefix(request, salt, rendered_at) if method in _GENERATES else Prefix()
     max_tokens, choices = 0, 1
     features: frozenset[str] = frozenset()
     document_id = session_id = ""
@@ -59,6 +64,8 @@ def describe(method: Method, request: Any, caller: Caller, deadline: float, now:
         features=features,
         document_id=document_id,
         session_id=session_id,
+        chain=begins.chain,
+        chain_share=begins.share,
         deadline=deadline,
         since=now,
     )

@@ -19,6 +19,7 @@ from services.gateway.upstream.carrier import Carrier
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 1.0
 HELLO_TIMEOUT_S = 3.0
+CACHE_FEATURE = "cache"  # asks for cache frames
 log = structlog.get_logger("link")
 
 
@@ -72,7 +73,9 @@ class Link:
         line = self._carrier.channels.open(self._endpoint)
         call: Any = line.worker.Link(metadata=self._carrier.metadata)
         try:
-            hello = wk.GatewayHello(gateway_id=self._gateway_id, version=infermesh.__version__)
+            hello = wk.GatewayHello(
+                gateway_id=self._gateway_id, version=infermesh.__version__, features=[CACHE_FEATURE]
+            )
             await call.write(wk.LinkRequest(hello=hello))
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 first = await call.read()
@@ -102,6 +105,11 @@ class Link:
         which = frame.WhichOneof("frame")
         if which == "load":
             carrier.do(carrier.router.report(id, incarnation, load_report(frame.load), carrier.now()))
+        elif which == "cache":
+            cache = frame.cache
+            carrier.router.cached(
+                id, incarnation, cache.added, cache.removed, snapshot=cache.snapshot, epoch=cache.epoch
+            )
         elif which == "draining":
             carrier.do(carrier.router.draining(id, incarnation, carrier.now()))
         elif which == "goodbye":
