@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import log
 
 from xxhash import xxh3_64_intdigest
@@ -10,11 +10,8 @@ from xxhash import xxh3_64_intdigest
 COLD_DEPTH = 4  # blocks beyond what somebody holds that name a cold prefix: 2 KiB tell documents apart
 
 
-def cold_key(chain: Sequence[int], known: int, hints: Sequence[int] = ()) -> int:
-    """What names the cold part of a prompt of which at most `known` blocks are held anywhere; 0 if nothing does. Hints
-    come first: they gather what belongs together before its prompts begin to look alike."""
-    if hints:
-        return hints[0]
+def cold_key(chain: Sequence[int], known: int) -> int:
+    """What names the cold part of a prompt of which at most `known` blocks are held anywhere; 0 without a chain."""
     return chain[min(known + COLD_DEPTH, len(chain)) - 1] if chain else 0
 
 
@@ -23,10 +20,3 @@ def score(key: int, instance: str, weight: float) -> float:
     instance is first for a share of the keys that is its share of the weights."""
     drawn = (xxh3_64_intdigest(instance.encode(), key) + 1) / (2**64 + 1)
     return -weight / log(drawn) if weight > 0 else 0.0
-
-
-def homes(key: int, weights: Mapping[str, float], count: int) -> list[str]:
-    """The `count` instances that a prefix may be copied to, first choice first: a hot one spreads over these and no
-    others, whichever gateway it comes through."""
-    ranked = sorted(weights, key=lambda id: (-score(key, id, weights[id]), id))
-    return ranked[:count]
