@@ -29,6 +29,19 @@ def command(
     instance_weight: Annotated[
         list[str] | None, typer.Option(help="ID=FACTOR on an instance's share; may be repeated.")
     ] = None,
+    fallback: Annotated[
+        list[str] | None,
+        typer.Option(help="MODEL=OTHER: served instead, under pressure and where a request allows it."),
+    ] = None,
+    alias: Annotated[
+        list[str] | None, typer.Option(help="NAME=MODEL:WEIGHT[,MODEL:WEIGHT], e.g. chat=v1:95,v2:5; may be repeated.")
+    ] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(help="DEVICE=SHARE of tokens while requests wait; may be repeated.")
+    ] = None,
+    objective_ttft_s: Annotated[
+        float | None, typer.Option(help="Seconds to the first token that are aimed at.")
+    ] = None,
     time_granularity_s: Annotated[int | None, typer.Option(help="Prompts see the time rounded down to this.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request.")] = None,
     default_deadline_s: Annotated[float | None, typer.Option(help="For requests that bring none.")] = None,
@@ -67,8 +80,32 @@ def settings_of(given: dict[str, Any]) -> Any:
     limits = {name: values.pop(name) for name in LIMITS if name in values}
     queue = {theirs: values.pop(ours) for ours, theirs in QUEUE.items() if ours in values}
     weights = dict(map(_weight, values.pop("instance_weight", ())))
-    parts = {"limits": limits, "queue": queue, "weights": weights}
+    routing: dict[str, Any] = {
+        "fallbacks": dict(_pair("fallback", text) for text in values.pop("fallback", ())),
+        "aliases": {
+            name: _variants(models) for name, models in (_pair("alias", text) for text in values.pop("alias", ()))
+        },
+        "split": dict(_pair("split", text) for text in values.pop("split", ())),
+        "ttft_s": values.pop("objective_ttft_s", None),
+    }
+    routing = {name: part for name, part in routing.items() if part}
+    parts = {"limits": limits, "queue": queue, "weights": weights, "routing": routing}
     return gateway_settings(**values, **{name: part for name, part in parts.items() if part})
+
+
+def _pair(option: str, text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise ValueError(f"{option}: {text!r} is not NAME=VALUE")
+    return name, value
+
+
+def _variants(text: str) -> list[dict[str, str]]:
+    found = []
+    for part in text.split(","):
+        model, colon, weight = part.rpartition(":")
+        found.append({"model": model, "weight": weight} if colon else {"model": part})
+    return found
 
 
 def _weight(text: str) -> tuple[str, float]:

@@ -134,7 +134,8 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     observe = Observe(Tracing(settings.otlp, gateway_id) if settings.otlp else None)
     clock = asyncio.get_running_loop().time
     queue = settings.queue
-    router = Router(clock(), Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s), settings.weights)
+    bounds = Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s)
+    router = Router(clock(), bounds, policy=settings.routing.policy(settings.weights))
     carrier = Carrier(router, Channels(), observe, clock, f"Bearer {key}" if key else "")
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from services.chassis.registering import RegistrySettings
 from services.chassis.settings import bind_fault, faults, split_address
+from services.gateway.routing.policy import Policy
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
@@ -34,6 +35,41 @@ class QueueBounds(_Part):
     max_wait_s: Seconds = 30.0
 
 
+Share = Annotated[float, Field(gt=0, le=1e6)]
+
+
+class Variant(_Part):
+    """One of the models behind a weighted alias."""
+
+    model: str = Field(min_length=1, max_length=256)
+    weight: Share = 1.0
+
+
+class Routing(_Part):
+    """`ttft_s`: the wait before the first token beyond which requests that may go to their model's fallback do.
+    `split`: device -> share of tokens while requests wait. `aliases` are sticky for a session."""
+
+    ttft_s: Seconds = 2.0
+    split: dict[str, Share] = Field(default_factory=dict)
+    fallbacks: dict[str, str] = Field(default_factory=dict)
+    aliases: dict[str, Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64)]] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _ends(self) -> Self:
+        for model, other in self.fallbacks.items():
+            if other == model:
+                raise ValueError(f"fallbacks.{model}: a model is no fallback of itself")
+        for name, variants in self.aliases.items():
+            if any(variant.model in self.aliases for variant in variants):
+                raise ValueError(f"aliases.{name}: an alias names models, not other aliases")
+        return self
+
+    def policy(self, weights: dict[str, float]) -> Policy:
+        """As the router takes it."""
+        aliases = {name: tuple((v.model, v.weight) for v in variants) for name, variants in self.aliases.items()}
+        return Policy(self.ttft_s, self.split, self.fallbacks, aliases, weights)
+
+
 class GatewaySettings(RegistrySettings):
     grpc: str = "127.0.0.1:50050"
     http: str = "127.0.0.1:8000"  # empty: no REST
@@ -44,6 +80,7 @@ class GatewaySettings(RegistrySettings):
     salt_file: Path | None = None  # the mesh's secret for cache salts; empty: derived from the operator's key
     limits: Limits = Limits()
     queue: QueueBounds = QueueBounds()
+    routing: Routing = Routing()
     weights: dict[str, Annotated[float, Field(ge=0.001, le=1000)]] = Field(
         default_factory=dict
     )  # instance id -> factor

@@ -1,7 +1,7 @@
 """Seconds until an instance would answer: every term a named function of numbers.
 
-The model has two phases. Prefill is compute: n new tokens after m cached ones cost n / prefill_tps, and attention
-doubles that at `prefill_doubling_ctx` tokens of context. Decode is memory: a step reads the weights and all resident KV.
+Prefill is compute: n new tokens after m cached ones cost n / prefill_tps, and attention doubles that at
+`prefill_doubling_ctx` tokens of context. Decode is memory: a step reads the weights and all resident KV.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def kv_wait_s(missing: float, resident: float, running: int, slot_wait: float) -
 
 
 def price(backlog_s: float) -> float:
-    """What a second of uncached work costs, when `backlog_s` of it wait at each instance of the tier: others wait too."""
+    """What a second of uncached work costs, when `backlog_s` of it wait at each instance: others wait too."""
     return 1.0 + PRICE_PER_S * backlog_s
 
 

@@ -14,9 +14,9 @@ TERMS = ("wait", "line", "room", "prefill", "reserve", "decode")
 class Candidate(NamedTuple):
     """An eligible instance. `cost_s` is the sum of `seconds`, one for each of `TERMS`, divided by `weight`.
 
-    `wait`: prompts queued there. `line`: those in this gateway who would go there first. `room`: until a slot and KV room
-    are free. `prefill`: this prompt's uncached part, at the price of the backlog.
-    `reserve`: what long prompts would wait. `decode`: the answer's seconds, at their share. `ready`: it would begin soon.
+    `wait`: prompts queued there. `line`: those in this gateway who would go there first. `room`: until a slot and KV
+    room are free. `prefill`: this prompt's uncached part, at the price of the backlog. `reserve`: what long prompts
+    would wait. `decode`: the answer's seconds, at their share. `ready`: it would begin soon.
     """
 
     id: str

@@ -1,7 +1,7 @@
 """When a request is served by its model's fallback: under pressure, where it may be, without flapping.
 
-The pressure of a model is the wait that a newcomer would meet. Each class has a threshold, in targets: the less a class is
-the core of the business, the sooner it yields.
+The pressure of a model is the wait that a newcomer would meet. Each class has a threshold, in targets: the less a class
+is the core of the business, the sooner it yields.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Work in flight on one instance: our own to the token, foreign work as the instance reports it.
 
-Load = the foreign part of the last report + our own ledger, never both. All sums are integers (tokens, microseconds), so
-that what was added is taken away exactly. An engine computes prompts one after the other; between two reports the head of
-that line is taken to progress with the clock, never beyond its own end.
+Load = the foreign part of the last report + our own ledger, never both. All sums are integers (tokens, microseconds),
+so that what was added is taken away exactly. An engine computes prompts one after the other; between two reports the
+head of that line is taken to progress with the clock, never beyond its own end.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ US = 1_000_000
 class Entry:
     """One attempt. `prompt` (uncached tokens) and `work` (their microseconds) become 0 once the first token is out.
 
-    `total`: tokens of prompt, cached ones included. `thought`: seconds of its prefill, 0 where others were queued before it. `step`: seconds
-    of a decode step, as predicted. `arrivals`: how many had been sent here when its first token came.
+    `total`: tokens of prompt, cached ones included. `thought`: seconds of its prefill as predicted, 0 where others were
+    queued before it. `step`: seconds of a decode step, as predicted. `arrivals`: how many had been sent here when its
+    first token came.
     """
 
     prompt: int
@@ -162,7 +163,7 @@ class Ledger:
     def kv_used(self, kv_tokens: int) -> int:
         """Tokens of KV room that running requests and those about to start take; a shared prefix counts once."""
         report = self.report
-        if report is None or not report.kv_used_ratio and report.resident_tokens is None:
+        if report is None or (report.kv_used_ratio is None and report.resident_tokens is None):
             return self.own_resident
         queued = self.own_prompt + self.foreign_prompt
         if report.kv_used_ratio is None:

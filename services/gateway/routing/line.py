@@ -14,8 +14,8 @@ from math import frexp
 
 from services.gateway.routing.facts import Facts
 
-AGING = 0.2  # a second of waiting outweighs so many seconds of work
-HASTE = 0.5  # a second that the cache saves now, and might not later, outweighs so many seconds of work
+AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
+HASTE = 1.0  # a second that the cache saves now, and might not later, outweighs so many seconds of work
 FAIRNESS = 1.0  # a second of service that a tenant had beyond the least served one outweighs so many of its work
 OVERDUE = 0.5  # of the longest wait: from then on a request goes before its class
 SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms

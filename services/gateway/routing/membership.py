@@ -76,7 +76,7 @@ def retire(desk: Desk, instance: Instance, why: str) -> list[Effect]:
 
 
 def _settle(desk: Desk, now: float) -> list[Effect]:
-    """The fleet changed: those who stand in the line of somebody who takes no more are placed anew, and all lines move."""
+    """The fleet changed: whoever stood in the line of one that takes no more is placed anew, and all lines move."""
     if not desk.queue.tickets:
         return []
     for instance in list(desk.queue.homes.values()):

@@ -1,7 +1,7 @@
 """An instance's speed as the router uses it: what was declared or measured, times a bounded correction learned online.
 
-Sources in rising trust: prior, catalogue, calibrated; the correction multiplies whichever is there. It is slow (a single
-odd answer moves it by 5 %) and bounded, so that a wrong observation never makes an instance look idle or dead.
+The correction is slow (a single odd answer moves it by 5 %) and bounded, so that a wrong observation never makes an
+instance look idle or dead.
 """
 
 from __future__ import annotations

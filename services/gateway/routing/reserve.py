@@ -11,7 +11,7 @@ HELD_AT_MOST = 0.5  # of the KV cache
 
 @dataclass(slots=True)
 class Reserve:
-    """Long prompts dispatched here: `work` [s of prefill] and `held` [KV tokens x s], decayed sums; `at`: as of when."""
+    """Long prompts dispatched here: decayed sums of `work` [s of prefill] and `held` [KV tokens x s], as of `at`."""
 
     work: float = 0.0
     held: float = 0.0

@@ -1,7 +1,7 @@
 """Who waits, who goes next, and who is given up.
 
-An instance keeps a short line of prompts of its own; beyond that, requests wait here, where the choice stays open. When an
-instance can take somebody, it takes the first of its line, if that is still the best place for it; when its line is
+An instance keeps a short line of prompts of its own; beyond that, requests wait here, where the choice stays open. When
+an instance can take somebody, it takes the first of its line, if that is still the best place for it; when its line is
 empty, it relieves another one whose line would take longer.
 """
 
@@ -61,10 +61,8 @@ def serve(desk: Desk, instance: Instance, now: float) -> list[Effect]:
         return effects
     tries = 0
     while tries < TRIES and could_start(instance, now):
-        if instance.line.count:
-            waiting = instance.line.first(desk.queue.ahead())
-        else:
-            waiting = _relief(desk, instance, now)
+        line = instance.line
+        waiting = line.first(desk.queue.ahead()) if line.count else _relief(desk, instance, now)
         if waiting is None:
             break
         tries += 1

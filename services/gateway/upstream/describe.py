@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 from infermesh.errors import MeshError, Reason, invalid
+from infermesh.v1.inference_pb2 import DEGRADE_ALLOW, DEGRADE_NEVER, DEGRADE_UNSPECIFIED
 from services.chassis import checks
 from services.chassis.prefix import Prefix, prefix
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.calls import Caller, Method
 
 _GENERATES = (Method.CHAT, Method.COMPLETE)
+_DEGRADE = {DEGRADE_UNSPECIFIED: None, DEGRADE_NEVER: False, DEGRADE_ALLOW: True}
 MAX_DETOKENIZE_IDS = 1 << 20
 
 
@@ -41,7 +43,8 @@ def describe(
     max_tokens, choices = 0, 1
     features: frozenset[str] = frozenset()
     document_id = session_id = ""
-    priority = 0
+    priority, target_ms = 0, 0
+    degrade: bool | None = None
     if method in _GENERATES:
         sampling = request.sampling
         max_tokens, choices = sampling.max_tokens, sampling.n or 1
@@ -49,6 +52,7 @@ def describe(
     if method is not Method.TOKENIZE and method is not Method.DETOKENIZE and request.HasField("hints"):
         hints = request.hints
         document_id, session_id, priority = hints.document_id, hints.session_id, hints.priority
+        degrade, target_ms = _DEGRADE.get(hints.degrade), hints.ttft_target_ms
     return Facts(
         kind=method.kind,
         model=request.model,
@@ -68,6 +72,8 @@ def describe(
         chain_share=begins.share,
         deadline=deadline,
         since=now,
+        degrade=degrade,
+        ttft_target_s=target_ms / 1000,
     )
 
 

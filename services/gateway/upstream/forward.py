@@ -229,7 +229,7 @@ class Exchange:
         self._ttft = carrier.now() - self._begun
         carrier.do(carrier.router.started(lease, carrier.now()))
         self._stop_retrying()
-        self.identity = Identity(endpoint.id, endpoint.model, self.attempts)
+        self.identity = Identity(endpoint.id, endpoint.model, self.attempts, lease.record.degraded_from)
         self._first = Event(first, message)
         self._note(message)
         if not method.streams:
