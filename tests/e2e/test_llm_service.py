@@ -20,6 +20,7 @@ from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import language_model_pb2_grpc
 from infermesh.v1.inference_pb2 import Delivery, Hints, Relay, Resume, TokenIds
 from services.chassis.arrivals import Arrivals
+from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import Identity
 from services.chassis.keys import Key, Keys
 from services.chassis.server import Phase, Server
@@ -50,7 +51,7 @@ class Running:
 @asynccontextmanager
 async def running(keys: Keys = Keys(), **settings: Any) -> AsyncIterator[Running]:  # noqa: B008
     made = LlmSettings(**{"engine": "scripted", "model": "chat", "aliases": ("gpt",), **settings})
-    engine, arrivals = build_engine(made), Arrivals()
+    engine, arrivals = build_engine(made, HeldPrefixes()), Arrivals()
     service = LanguageModelService(engine, Identity("llm-1", 77, "chat"), arrivals, keys, made.max_waiting)
     server = Server((SERVICE,), max_streams=256)
     language_model_pb2_grpc.add_LanguageModelServiceServicer_to_server(service, server.grpc)
