@@ -5,6 +5,7 @@ Changes nothing.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from heapq import nsmallest
@@ -72,17 +73,21 @@ def choose(
     long = llm and all(instance.endpoint.tier == "long-context" for instance in passed)
     waits = [instance.ledger.wait_s(now) for instance in passed]
     backlog = sum(waits) + sum(instance.line.seconds for instance in passed)
-    price = cost.price(backlog / len(passed))
+    mean_backlog = backlog / len(passed)
     mean_output = estimate.output
     candidates: list[Candidate] = []
     details: list[tuple[float, float]] = []
+    full: list[tuple[str, str]] = []
     for instance, wait in zip(passed, waits, strict=True):
         endpoint, ledger, rates = instance.endpoint, instance.ledger, instance.rates
         capacity = endpoint.capacity
         share = held.get(endpoint.id, 0.0) if held else 0.0
         cached = cached_tokens(share, prompt) if share else 0
         line = room = reserve = decode = step = 0.0
+        price = cost.price(min(mean_backlog, wait + instance.line.seconds))
         slot = not facts.slots or instance.has_slot(now)
+        if not slot:
+            full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
         running = ledger.own_slots + ledger.foreign_running
         if llm:
@@ -116,7 +121,6 @@ def choose(
     index, reason = _cheapest(candidates, details, facts, held, draw)
     chosen, (work, step) = candidates[index], details[index]
     ready = chosen.ready
-    full = tuple((instance.id, "no_room") for instance in passed if facts.slots and not instance.has_slot(now))
     thought = chosen.seconds[0] + chosen.seconds[1] + chosen.seconds[2] + work + step
     record = Record(
         kind=facts.kind,
@@ -165,12 +169,20 @@ def _thinned(pool: Sequence[Instance], held: Mapping[str, float]) -> list[Instan
     """The part of a large pool that can matter: those that would finish an uncached prompt first, and holders of this
     one's prefix. Sorted by id, like the pool."""
     holders = nsmallest(HOLDERS, held, key=lambda id: (-held[id], id)) if held else ()
-    free = [(instance.busy_s() + instance.rates.sample_s, i) for i, instance in enumerate(pool)]
-    chosen = {i for _, i in nsmallest(EXAMINED, free)}
-    if holders:
-        kept = set(holders)
-        chosen.update(i for i, instance in enumerate(pool) if instance.id in kept)
+    free = [
+        (i.ledger.own_work + i.ledger.foreign_work) * 1e-6 + i.line.seconds + i.rates.sample_s  # inline: a hot loop
+        for i in pool
+    ]
+    chosen = set(sorted(range(len(pool)), key=free.__getitem__)[:EXAMINED])
+    for id in holders:
+        place = bisect_left(pool, id, key=_id)
+        if place < len(pool) and pool[place].id == id:
+            chosen.add(place)
     return [pool[i] for i in sorted(chosen)]
+
+
+def _id(instance: Instance) -> str:
+    return instance.endpoint.id
 
 
 def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) -> Choice:

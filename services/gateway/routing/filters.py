@@ -24,7 +24,14 @@ def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[
     suspects: list[Instance] = []
     too_narrow: list[Instance] = []
     rejected: list[tuple[str, str]] = []
+    plain = not facts.excluded and not facts.features and facts.kind == "llm" and facts.slots
+    need = 0 if not plain else (prompt if facts.counted else round(prompt * EDGE)) + (facts.max_tokens or 1)
     for instance in pool:
+        if plain and instance.state is State.HEALTHY:  # the common case, in a hot loop
+            capacity = instance.endpoint.capacity
+            if not capacity.context_min and (not capacity.context_max or need <= capacity.context_max):
+                passed.append(instance)
+                continue
         word = _word(instance, facts, prompt)
         if word == "":
             (suspects if instance.state is State.SUSPECT else passed).append(instance)

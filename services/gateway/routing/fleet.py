@@ -35,8 +35,8 @@ class Instance:
         """`max_running` is the gateway's cap too; an unknown one caps nothing."""
         if now < self.full_until or self.barred:
             return False
-        cap = self.endpoint.capacity.max_running
-        return not cap or self.ledger.running() < cap
+        cap, ledger = self.endpoint.capacity.max_running, self.ledger
+        return not cap or ledger.own_slots + ledger.foreign_running < cap
 
     def busy_s(self) -> float:
         """Seconds of prompts queued there and in this gateway for it; coarse and cheap."""
