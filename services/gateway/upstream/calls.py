@@ -63,12 +63,16 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The circumstances of one request. `deadline` is on the event loop's clock, None = the gateway's default."""
+    """The circumstances of one request. `deadline` is on the event loop's clock, None = the gateway's default.
+
+    `collected`: the caller gets the whole answer or none, so that one that was lost half-way may begin anew elsewhere.
+    """
 
     request_id: str
     caller: Caller = Caller()
     deadline: float | None = None
     trace: Mapping[str, str] = field(default_factory=dict)  # traceparent, tracestate
+    collected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
