@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -157,11 +158,13 @@ async def _watch(
             return 1
         if not told:
             screen.refresh(children)
-            if states[GATEWAY] is State.READY and all(state in (State.READY, State.FAILED) for state in of_instances):
+            loaded = all(state in (State.READY, State.FAILED, State.STOPPED) for state in of_instances)
+            if states[GATEWAY] is State.READY and loaded and State.READY in of_instances:
                 told = True
                 screen.end()
                 print(banner(fleet, children, where, registry, notes), flush=True)
-        await asyncio.wait({asyncio.ensure_future(stop.wait())}, timeout=LOOK_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), LOOK_S)
     return 0
 
 

@@ -288,3 +288,65 @@ async def test_supervisor_restarts_sweeps_and_stops(tmp_path: Path) -> None:
         State.STOPPING,
         State.STOPPED,
     ]
+
+
+async def test_what_cannot_be_started_is_given_up_and_hurts_nobody_else(tmp_path: Path) -> None:
+    """The folder of the logs has gone, the program is none: both are a child's trouble, not the mesh's."""
+    from deploy.launch.supervise import Policy, State
+    from deploy.launch.supervisor import Program, Supervisor
+
+    ready = tmp_path / "none.json"
+    homeless = Program(
+        "homeless", "llm", (sys.executable, "-c", "import time; time.sleep(100)"), {}, tmp_path / "l/x.log", ready
+    )
+    broken = Program("broken", "llm", (str(tmp_path),), {}, tmp_path / "b.log", ready)
+    supervisor = Supervisor([broken, homeless], Policy(first_s=0.01, grace_s=5), lambda running: None)
+    await supervisor.start()
+    async with asyncio.timeout(20):
+        while supervisor.children["broken"].child.state is not State.FAILED:
+            await supervisor.look()
+            await asyncio.sleep(0.01)
+    pid = supervisor.children["homeless"].pid
+    assert sessions.members(pid) == [pid] and (tmp_path / "l/x.log").exists()
+    async with asyncio.timeout(20):
+        await supervisor.stop(asyncio.Event())
+    assert sessions.members(pid) == []
+
+
+async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Hours of looking must not pile up tasks; the banner does not wait for an instance that was drained meanwhile."""
+    from deploy.launch import mesh
+    from deploy.launch.screen import Screen
+    from deploy.launch.supervise import Policy
+    from deploy.launch.supervisor import Program, Supervisor
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mesh, "LOOK_S", 0.01)
+    instances = ({"id": "a", "model": "m", "engine": "scripted"}, {"id": "b", "model": "m", "engine": "scripted"})
+    fleet = Fleet.model_validate({"version": 1, "models": ({"id": "m", "kind": "llm"},), "instances": instances})
+
+    def program(id: str, script: str) -> Program:
+        ready = tmp_path / f"{id}.json"
+        told = f"import json, os, time; open({str(ready)!r}, 'w').write(json.dumps({{'pid': os.getpid()}}))\n"
+        text = told + "time.sleep(100)" if not script else script
+        return Program(id, "llm", (sys.executable, "-c", text), os.environ, tmp_path / f"{id}.log", ready)
+
+    programs = [program("gateway", ""), program("a", ""), program("b", "pass")]
+    supervisor = Supervisor(programs, Policy(grace_s=5), lambda running: None)
+    await supervisor.start()
+    stop = asyncio.Event()
+    where = mesh.Where("127.0.0.1:1", "127.0.0.1:2")
+    watching = asyncio.create_task(mesh._watch(supervisor, Screen(), fleet, where, "mesh://x:1", (), stop))
+    printed = ""
+    async with asyncio.timeout(20):
+        while "The mesh is up." not in (printed := printed + capsys.readouterr().out):
+            await asyncio.sleep(0.02)
+    assert "b  stopped" in printed
+    before = len(asyncio.all_tasks())
+    await asyncio.sleep(0.5)
+    assert len(asyncio.all_tasks()) <= before + 1
+    stop.set()
+    assert await asyncio.wait_for(watching, 5) == 0
+    await supervisor.stop(asyncio.Event())
