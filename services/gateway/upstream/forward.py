@@ -309,7 +309,7 @@ class Exchange:
         else:
             self._facts = replace(facts, excluded=excluded)
         forwarder.observe.retried(reason.value)
-        if reason not in failover.FREE and not self._retrying:
+        if reason not in failover.UNBUDGETED and not self._retrying:
             self._retrying = True
             forwarder.budget.retrying += 1
 
