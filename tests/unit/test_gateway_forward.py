@@ -25,6 +25,8 @@ from services.gateway.front import rpc
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.observe import Observe
 from services.gateway.routing.admission import Bounds
+from services.gateway.routing.decision import Lease, Record
+from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.router import Router
 from services.gateway.upstream.calls import Call, Caller, Method
 from services.gateway.upstream.carrier import Carrier
@@ -35,6 +37,7 @@ from tests.kit.fake_instance import FakeInstance, fake_instance, three_words
 from tests.kit.mesh import until
 
 REQUEST_ID = "test-1"
+LEFT = Outcome(End.CANCELLED)
 
 
 @dataclass
@@ -225,6 +228,33 @@ async def test_somebody_else_at_the_address_is_not_believed() -> None:
         with pytest.raises(MeshError) as caught:
             await up.chat()
         assert caught.value.reason is Reason.NO_INSTANCE
+
+
+async def test_an_instance_that_missed_a_probe_comes_back_though_its_link_never_broke() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        up.carrier.do(up.carrier.router.probed("a", 7, False, up.carrier.now()))
+        assert up.state("a") == "lost"
+        await a.frames.put(wk.LinkResponse(load=wk.Load(running=0)))
+        await until(lambda: up.state("a") == "healthy", 5)
+        assert a.links == 1 and up.carrier._probes == {}
+
+
+async def test_a_thousand_callers_leave_in_the_moment_in_which_room_appears() -> None:
+    """Each lease for one who has gone passes to the next: in a loop, not in a thousand nested calls."""
+    bounds = Bounds(max_requests=2000, max_tokens=1 << 40)
+    async with fake_instance("a", silent, max_running=1) as a, upstream(a, bounds=bounds) as up:
+        first = asyncio.create_task(up.chat())
+        await until(lambda: len(a.requests) == 1, 5)
+        others = [asyncio.create_task(up.chat()) for _ in range(1000)]
+        await until(lambda: up.carrier.router.waiting == 1000, 5)
+        for task in (*others, first):
+            task.cancel()
+        instance = up.carrier.router.fleet.instances["a"]
+        (seq,) = instance.ledger.entries
+        ended = up.carrier.router.release(Lease(seq, "a", 7, Facts("llm", "m"), Record("llm", "m")), LEFT, 0.0)
+        up.carrier.do(ended)
+        await asyncio.gather(first, *others, return_exceptions=True)
+        assert up.nothing_left() and len(a.requests) == 1
 
 
 async def test_link_frames_drain_and_goodbye() -> None:

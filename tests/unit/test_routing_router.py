@@ -279,8 +279,38 @@ def test_a_lost_call_makes_suspect_and_asks_for_a_probe() -> None:
     assert pick(r).lease.instance_id == "b"
     r.probed("a", 1, True, OLD)
     assert r.fleet.instances["a"].state.value == "healthy"
-    r.probed("a", 1, False, OLD)
+
+
+def test_a_failed_probe_loses_an_instance_until_a_probe_goes_well() -> None:
+    """Its Link may stand all the while: it stalled for longer than a probe waits, and nobody says hello again."""
+    r = router(endpoint("a"))
+    assert r.release(pick(r).lease, Outcome(End.LOST, Reason.INSTANCE_LOST), OLD) == [Probe("a")]
+    assert r.probed("a", 1, False, OLD) == [Eject("a", "the probe failed")]
     assert r.fleet.instances["a"].state.value == "lost"
+    assert r.report("a", 1, LoadReport(running=0), OLD + 1) == [Probe("a")], "it lives, so ask again"
+    assert r.fleet.instances["a"].state.value == "lost", "a sign of life is no sign of health"
+    r.probed("a", 1, True, OLD + 1)
+    assert r.fleet.instances["a"].state.value == "healthy"
+    assert r.report("a", 1, LoadReport(running=0), OLD + 2) == []
+
+
+def test_a_failed_probe_and_the_registrys_word_together_are_the_end() -> None:
+    r = router(endpoint("a"))
+    r.probed("a", 1, False, OLD)
+    r.update([Member(endpoint("a"), passing=False)], OLD)
+    assert r.fleet.instances == {}
+
+
+def test_waits_end_a_few_dozen_a_tick_and_in_no_order_that_matters() -> None:
+    r = router(endpoint("a", running=1), bounds=Bounds(max_requests=2000, max_tokens=1 << 40, max_wait_s=1.0))
+    pick(r)
+    tickets = [r.pick(facts(priority=i % 7), OLD).ticket for i in range(1000)]  # type: ignore[union-attr]
+    assert r.tick(OLD + 0.9) == []
+    ended: list[int] = []
+    while effects := r.tick(OLD + 1.0):
+        assert len(effects) <= 32
+        ended += [effect.ticket for effect in effects]  # type: ignore[union-attr]
+    assert sorted(ended) == tickets and r.waiting == 0 and not r._queue.lanes and not r._queue.tokens
 
 
 def test_killed_and_unregistered_is_gone_and_its_channel_closes_after_the_last_lease() -> None:

@@ -6,8 +6,9 @@ A lane is bounded in requests, tokens and age. Order: class, then priority, then
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from dataclasses import dataclass, field
+from itertools import islice
 
 from services.gateway.routing.facts import Facts
 
@@ -68,14 +69,14 @@ class Queue:
             return None
         lane = (waiting.facts.kind, waiting.facts.model)
         line = self.lanes[lane]
-        line.remove(waiting)
+        del line[bisect_left(line, waiting.key, key=_key)]  # keys are unique: they end with the ticket
         self.tokens[lane] -= waiting.tokens
         if not line:
             del self.lanes[lane], self.tokens[lane]
         return waiting
 
-    def expired(self, now: float) -> list[Waiting]:
-        return [waiting for waiting in self.tickets.values() if now >= waiting.until]
+    def expired(self, now: float, most: int) -> list[Waiting]:
+        return list(islice((waiting for waiting in self.tickets.values() if now >= waiting.until), most))
 
 
 def _key(waiting: Waiting) -> tuple[int, int, float, int]:

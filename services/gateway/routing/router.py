@@ -28,7 +28,7 @@ from services.gateway.routing.decision import (
 from services.gateway.routing.estimate import Estimate
 from services.gateway.routing.facts import End, Facts, LoadReport, Member, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
-from services.gateway.routing.health import Link, State
+from services.gateway.routing.health import Doubt, Link, State
 
 SETTLE_S = 3.0  # how long a request waits for a directory that may still be filling
 FULL_PAUSE_S = 0.1  # an instance that refused for want of room is left alone so long, or until its next report
@@ -80,8 +80,8 @@ class Router:
             instance.full_until = now + FULL_PAUSE_S
         elif outcome.reason is Reason.DRAINING:
             instance.voices.draining = True
-        if outcome.end is End.LOST and not instance.voices.doubted:
-            instance.voices.doubted = True
+        if outcome.end is End.LOST and instance.voices.doubt is Doubt.NONE:
+            instance.voices.doubt = Doubt.PROBING
             effects.append(Probe(instance.id))
         life = (lease.instance_id, lease.incarnation)
         if life in self.fleet.leaving:
@@ -97,9 +97,10 @@ class Router:
         return []
 
     def tick(self, now: float) -> list[Effect]:
-        """What time alone does: waits that end, pauses that are over, instances nobody vouches for. Every 50 ms."""
+        """What time alone does: waits that end, pauses that are over, instances nobody vouches for. To be called every
+        50 ms, and again at once while it has effects: one call ends at most `SCAN` waits."""
         effects: list[Effect] = []
-        for waiting in self._queue.expired(now):
+        for waiting in self._queue.expired(now, SCAN):
             self._queue.remove(waiting.ticket)
             effects.append(self._expire(waiting, now))
         for instance in [i for i in self.fleet.instances.values() if i.voices.over(now)]:
@@ -134,7 +135,7 @@ class Router:
 
     def linked(self, id: str, incarnation: int, now: float) -> list[Effect]:
         """The Link to this life stands and its hello was right."""
-        return self._hear(id, incarnation, "", now, link=Link.UP, doubted=False)
+        return self._hear(id, incarnation, "", now, link=Link.UP, doubt=Doubt.NONE)
 
     def unlinked(self, id: str, incarnation: int, why: str, now: float) -> list[Effect]:
         """The Link broke, or cannot be made."""
@@ -153,17 +154,18 @@ class Router:
 
     def probed(self, id: str, incarnation: int, well: bool, now: float) -> list[Effect]:
         """The answer to a Probe."""
-        if well:
-            return self._hear(id, incarnation, "", now, doubted=False)
-        return self._hear(id, incarnation, "the probe failed", now, link=Link.DOWN)
+        doubt = Doubt.NONE if well else Doubt.FAILED
+        return self._hear(id, incarnation, "the probe failed", now, doubt=doubt)
 
     def report(self, id: str, incarnation: int, load: LoadReport, now: float) -> list[Effect]:
-        """A load frame; room it shows goes to whoever waits."""
+        """A load frame; room it shows goes to whoever waits. One that failed a probe is asked again: it lives."""
         instance = self.fleet.instances.get(id)
         if instance is None or instance.endpoint.incarnation != incarnation:
             return []
         instance.ledger.reconcile(load)
         instance.full_until = 0.0
+        if instance.voices.doubt is Doubt.FAILED:
+            return [Probe(id)]
         return self._serve(instance, now) if self._queue.tickets else []
 
     @property
