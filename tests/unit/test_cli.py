@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from deploy.launch import examine
 from infermesh.cli import Failure, main
 from infermesh.cli import rerank as rerank_verb
 from infermesh.cli.verbs import VERBS, load, split_docstring, variable
@@ -168,6 +169,17 @@ def test_doctor_answers_in_json_and_names_a_taken_port() -> None:
     assert "INFERMESH_OFFLINE" in found["hub"]["what"]
     names = {finding["name"] for finding in told["findings"]}
     assert names == {"python", "machine", "gpu", "environment", "memory", "disk", "port", "proxy", "hub", "clock"}
+
+
+def test_doctor_warns_of_a_proxy_that_would_be_asked_for_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    assert examine._proxy().level == "ok"
+    monkeypatch.setenv("http_proxy", "http://proxy.example:3128")
+    found = examine._proxy()
+    assert found.level == "warn" and found.do == "export no_proxy=127.0.0.1,localhost"
+    monkeypatch.setenv("no_proxy", "127.0.0.1,localhost")
+    assert examine._proxy().level == "ok"
 
 
 ASKS: list[tuple[list[str], bool]] = [

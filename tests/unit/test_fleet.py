@@ -181,6 +181,11 @@ def test_what_waits_for_a_feature_is_refused_by_name() -> None:
     ]
 
 
+def test_every_registry_that_processes_take_may_stand_in_the_file() -> None:
+    for url in ("mesh://10.0.0.5:50049,10.0.0.6:50049", "consul://10.0.0.5:8500", "consuls://10.0.0.5:8501", ""):
+        assert fleet_of(registry=url).registry == url
+
+
 def test_numbers_in_an_environment_are_texts() -> None:
     fleet = fleet_of(instances=[{"id": "i", "model": "m", "environment": {"A": 1, "B": True, "C": "x"}}])
     assert fleet.instances[0].environment == {"A": "1", "B": "true", "C": "x"}

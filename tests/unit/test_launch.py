@@ -73,7 +73,8 @@ def test_two_greedy_instances_on_several_gpus_are_not_guessed() -> None:
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         known = self.headers.get("authorization") == "Bearer sk-1"
-        body = json.dumps({"data": [{"id": "qwen"}, {"id": "/models/llama-3/"}]} if known else {"error": "x"}).encode()
+        models = [{"id": "qwen"}, {"id": "bge", "kind": "embedding"}, {"id": "/models/llama-3/"}]
+        body = json.dumps({"data": models} if known else {"error": "x"}).encode()
         self.send_response((200 if known else 401) if self.path == "/v1/models" else 404)
         self.end_headers()
         self.wfile.write(body)
@@ -330,7 +331,7 @@ async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_
     def program(id: str, script: str) -> Program:
         ready = tmp_path / f"{id}.json"
         told = f"import json, os, time; open({str(ready)!r}, 'w').write(json.dumps({{'pid': os.getpid()}}))\n"
-        text = told + "time.sleep(100)" if not script else script
+        text = script or told + "time.sleep(100)"
         return Program(id, "llm", (sys.executable, "-c", text), os.environ, tmp_path / f"{id}.log", ready)
 
     programs = [program("gateway", ""), program("a", ""), program("b", "pass")]
@@ -341,7 +342,8 @@ async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_
     watching = asyncio.create_task(mesh._watch(supervisor, Screen(), fleet, where, "mesh://x:1", (), stop))
     printed = ""
     async with asyncio.timeout(20):
-        while "The mesh is up." not in (printed := printed + capsys.readouterr().out):
+        while "The mesh is up." not in printed:
+            printed += capsys.readouterr().out
             await asyncio.sleep(0.02)
     assert "b  stopped" in printed
     before = len(asyncio.all_tasks())
