@@ -25,6 +25,7 @@ MAX_INPUTS = 2048
 MAX_TOKENS = 1 << 31
 MAX_JSON_DEPTH = 64
 MAX_PROMPT_IDS = 1 << 20
+_ROLES = frozenset(lm.Role.values()) - {lm.ROLE_UNSPECIFIED}
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 # field -> (low, high, what is allowed)
@@ -154,7 +155,7 @@ def _refuse_constant(name: str) -> object:
 
 
 def _message(path: str, message: lm.Message) -> None:
-    if message.role == lm.ROLE_UNSPECIFIED or message.role not in lm.Role.values():
+    if message.role not in _ROLES:
         raise invalid(f"{path}.role", "must be system, developer, user, assistant or tool")
     for index, part in enumerate(message.parts):
         which = part.WhichOneof("part")

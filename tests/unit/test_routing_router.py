@@ -342,6 +342,17 @@ def test_a_stale_directory_removes_nobody() -> None:
     assert r.fleet.instances["a"].state.value == "healthy"
 
 
+def test_a_model_that_nobody_could_tell_of_is_not_one_that_does_not_exist() -> None:
+    """The registry was out of reach from the start: 503 and come again, not 404 and give up."""
+    r = Router(0.0)
+    for stale, reason in ((None, Reason.NO_INSTANCE), (True, Reason.NO_INSTANCE), (False, Reason.MODEL_NOT_FOUND)):
+        if stale is not None:
+            r.update([], OLD, stale=stale)
+        refused = r.pick(facts(), OLD)
+        assert isinstance(refused, Refuse) and refused.reason is reason
+        assert ("out of reach" in refused.message) is (reason is Reason.NO_INSTANCE)
+
+
 def test_re_sync_keeps_the_ledger_and_a_new_life_resets_it() -> None:
     r = router(endpoint("a"))
     lease = pick(r).lease

@@ -43,6 +43,7 @@ class Router:
         self._weights = dict(weights or {})
         self._born = now
         self._young = False
+        self._stale = True  # until somebody has told what there is
         self._seq = 0
         self._ticket = 0
         self._estimates: dict[tuple[str, str], Estimate] = {}
@@ -113,7 +114,7 @@ class Router:
         self, members: Iterable[Member], now: float, *, young: bool = False, stale: bool = False
     ) -> list[Effect]:
         """The directory's whole content. Unchanged lives keep everything; a stale directory removes nobody."""
-        self._young = young
+        self._young, self._stale = young, stale
         effects: list[Effect] = []
         listed: set[str] = set()
         for member in members:
@@ -186,9 +187,11 @@ class Router:
         settling = self._young or now < self._born + SETTLE_S
         if pool is None:
             known = lane in self._ever
-            reason = Reason.NO_INSTANCE if known else Reason.MODEL_NOT_FOUND
+            reason = self._absent(lane)
             record = Record(facts.kind, facts.model, reason="settling" if settling else reason.value)
             said = "has no instance left" if known else "is not served by this mesh"
+            if self._stale and not known:
+                said = "is not known here, and the registry, which may know it, is out of reach"
             other = [kind for kind, name in self.fleet.pools if name == facts.model]
             if other:
                 said = f"is of kind {other[0]}, which this method does not ask for"
@@ -198,6 +201,10 @@ class Router:
         if choice.refusal is Reason.NO_INSTANCE and settling and not facts.excluded:
             return Choice(choice.record, None, None, choice.message, True)
         return choice
+
+    def _absent(self, lane: tuple[str, str]) -> Reason:
+        """Of a model without instances. One that nobody could tell us of is not one that does not exist."""
+        return Reason.NO_INSTANCE if self._stale or lane in self._ever else Reason.MODEL_NOT_FOUND
 
     def _reserve(self, instance: Instance, facts: Facts, record: Record) -> Lease:
         self._seq += 1
@@ -231,8 +238,7 @@ class Router:
             message = f"the deadline passed while the request waited for {facts.model}"
             return Refuse(Reason.DEADLINE_EXCEEDED, message, choice.record, None, ticket)
         if choice.refusal is not None or choice.settling:
-            known = (facts.kind, facts.model) in self._ever
-            reason = choice.refusal or (Reason.NO_INSTANCE if known else Reason.MODEL_NOT_FOUND)
+            reason = choice.refusal or self._absent((facts.kind, facts.model))
             return Refuse(reason, choice.message, choice.record, self._retry_after(facts, reason), ticket)
         message = f"no room for {facts.model} within {self._bounds.max_wait_s:g} s"
         after = self._retry_after(facts, Reason.QUEUE_TIMEOUT)
