@@ -70,6 +70,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"instances": [{"id": "i", "model": "m", "engine": "scripted", "tp": 2}]},
         "instances[0].tp: engine scripted does not take it; it is for vllm",
     ),
+    "speed of another kind": (
+        {"instances": [{"id": "i", "model": "m", "speed": {"step_ms": 20, "fixed_ms": 5}}]},
+        "instances[0].speed.fixed_ms: is not a number of kind llm; it takes prefill_tps, ",
+    ),
     "context": ({"instances": [{"id": "i", "model": "m", "context": [9, 9]}]}, "0 <= min < max, not [9, 9]"),
     "card not there": (
         {

@@ -220,6 +220,8 @@ def test_a_taken_address_is_seen() -> None:
         taken.listen()
         assert "in use" in bind_fault(f"127.0.0.1:{taken.getsockname()[1]}")
     assert bind_fault("127.0.0.1:0") == "" and bind_fault("203.0.113.7:0") != ""
+    for address in ("8000", "localhost", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", ""):
+        assert "HOST:PORT" in bind_fault(address)
 
 
 def test_the_hub_probe_is_bounded_and_obeys(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
