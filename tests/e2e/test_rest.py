@@ -386,7 +386,9 @@ async def test_keys_decide_who_may_ask_what():
         assert server.forward.calls[0][2].caller.tenant == "acme"
         assert (await ask(server, "/v1/embeddings", {"model": "embed", "input": "a"}, **good)).status == 403
         listed = (await ask(server, "/v1/models", method="GET", **good)).json["data"]
-        assert [entry["id"] for entry in listed] == ["chat", "gpt"]
+        assert [entry["id"] for entry in listed] == ["chat"], "not its alias either, which the key may not ask for"
+        assert (await ask(server, "/v1/models/chat", method="GET", **good)).status == 200
+        assert (await ask(server, "/v1/models/gpt", method="GET", **good)).status == 404
 
 
 async def test_every_method_is_reached_with_its_own_message():

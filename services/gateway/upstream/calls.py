@@ -139,6 +139,7 @@ class InstanceView:
     rejected_reason: str = ""
     incarnation: int = 0
     in_flight: int = 0
+    aliases: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -148,6 +149,11 @@ class DirectoryView(Protocol):
     def models(self) -> list[ModelView]: ...
 
     def instances(self) -> list[InstanceView]: ...
+
+    @property
+    def healthy(self) -> int:
+        """How many instances take work."""
+        ...
 
     @property
     def stale(self) -> bool:

@@ -18,6 +18,7 @@ from registry.port import Registry, Snapshot
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts, Member
 from services.gateway.routing.fleet import Instance
+from services.gateway.routing.health import State
 from services.gateway.upstream.calls import InstanceView, ModelView
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.link import Link
@@ -115,6 +116,11 @@ class Directory:
         views += [_rejected(line) for line in self._snapshot.rejected if line.id not in known and line.kind in KINDS]
         return sorted(views, key=lambda view: view.id)
 
+    @property
+    def healthy(self) -> int:
+        instances = self._carrier.router.fleet.instances.values()
+        return sum(instance.state is State.HEALTHY for instance in instances)
+
     async def changed(self) -> None:
         """Until the fleet looks different."""
         await self._carrier.changed.wait()
@@ -161,6 +167,7 @@ class Directory:
             rejected_reason=wrong,
             incarnation=endpoint.incarnation,
             in_flight=len(instance.ledger.entries),
+            aliases=endpoint.aliases,
             metadata=to_metadata(endpoint),
         )
 
