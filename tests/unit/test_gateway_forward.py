@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import grpc
@@ -255,6 +255,17 @@ async def test_a_thousand_callers_leave_in_the_moment_in_which_room_appears() ->
         up.carrier.do(ended)
         await asyncio.gather(first, *others, return_exceptions=True)
         assert up.nothing_left() and len(a.requests) == 1
+
+
+async def test_the_list_shows_what_is_registered_now_and_what_the_instance_says() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        assert [(view.weight, view.running) for view in up.directory.instances()] == [(1.0, None)]
+        up.directory.apply(Snapshot((Entry(replace(a.endpoint, weight=3.0)),)))
+        await a.frames.put(wk.LinkResponse(load=wk.Load(running=4)))
+        await until(lambda: [(v.weight, v.running) for v in up.directory.instances()] == [(3.0, 4)], 5)
+        assert up.directory.instances()[0].metadata["weight"] == "3.0" and up.directory.healthy == 1
+        up.carrier.do(up.carrier.router.goodbye("a", 7, up.carrier.now()))
+        assert up.directory.instances() == [] and up.directory.healthy == 0 and not up.directory._still
 
 
 async def test_link_frames_drain_and_goodbye() -> None:
