@@ -245,12 +245,15 @@ def test_every_command_is_understood_by_the_verb_that_it_calls() -> None:
     from infermesh.cli import embedding, gateway, llm, serve_rerank  # noqa: F401  they must import
     from infermesh.cli.verbs import load
 
-    made = [gateway_command(HOST, SHARED, grpc="127.0.0.1:0", http="127.0.0.1:0", ready_file=Path("r"))]
+    consul = {f"{name}-file": "f" for name in ("token", "ca", "cert", "key")} | {"prefix": "p"}
+    all_of_it = Shared("consul://h:1", "k.yaml", "o.key", True, 5, "debug", registry_options=consul)
+    made = [gateway_command(HOST, all_of_it, grpc="127.0.0.1:0", http="127.0.0.1:0", ready_file=Path("r"))]
     for path in EXAMPLES:
         fleet = parse_fleet(path.read_text())
-        made += [instance_command(fleet, item, HOST, SHARED, Path("run/i.json")) for item in fleet.instances]
+        made += [instance_command(fleet, item, HOST, all_of_it, Path("run/i.json")) for item in fleet.instances]
     for one in made:
         verb, words = one.argv[4], list(one.argv[5:])
+        assert options(one.argv)["--registry-token-file"] == "f" and options(one.argv)["--registry-prefix"] == "p"
         load(verb).make_context(verb, words)
 
 
