@@ -140,3 +140,17 @@ def test_losing_every_instance_refuses_those_who_wait() -> None:
     effects = r.unlinked("a", 1, "reset", OLD)
     assert [type(e) for e in effects] == [Eject, Refuse]
     assert effects[1].ticket == waiting.ticket and effects[1].reason is Reason.NO_INSTANCE  # type: ignore[union-attr]
+
+
+def test_a_life_that_comes_back_still_has_the_work_it_left_with() -> None:
+    """It said goodbye to the registry, or was taken for dead, while a request of ours ran on."""
+    r = router(endpoint("a", running=1))
+    lease = pick(r).lease
+    r.goodbye("a", 1, OLD)
+    assert r.fleet.instances == {}
+    r.update([Member(endpoint("a", running=1))], OLD + 1)
+    r.linked("a", 1, OLD + 1)
+    waiting = r.pick(facts(since=OLD + 1), OLD + 1)
+    assert isinstance(waiting, Wait), "its one place is taken"
+    effects = r.release(lease, DONE, OLD + 2)
+    assert [e.ticket for e in effects] == [waiting.ticket]  # type: ignore[union-attr]

@@ -232,7 +232,7 @@ def test_context_ranges() -> None:
     assert pick(r).lease.instance_id == "narrow"
     assert pick(r, prompt_tokens=3700).lease.instance_id == "wide"  # near the edge an estimate takes the larger range
     assert pick(r, prompt_tokens=3700, counted=True).lease.instance_id == "narrow"
-    over = pick(r, prompt_tokens=50_000)  # nobody fits: the widest gives the exact refusal
+    over = pick(r, prompt_tokens=20_000)  # nobody fits: the widest gives the exact refusal
     assert over.lease.instance_id == "wide"
 
 
@@ -246,3 +246,29 @@ def test_prompt_tokens_are_learned_from_usage() -> None:
         r.release(d.lease, Outcome(End.DONE, None, 500, 20), OLD)
     assert abs(r.estimate(given)[0] - 500) <= 5
     assert abs(r.estimate(facts(max_tokens=0))[1] - 20) <= 2
+
+
+def test_those_who_can_go_nowhere_do_not_hide_those_who_can() -> None:
+    """Two hundred long prompts wait for the one instance that takes them; the small one is not idle meanwhile."""
+    long, short = Capacity(context_max=100_000, max_running=1), Capacity(context_max=1000, max_running=1)
+    r = router(endpoint("big", capacity=long), endpoint("small", capacity=short))
+    pick(r, prompt_tokens=20_000, counted=True)
+    held = pick(r, counted=True).lease
+    assert held.instance_id == "small"
+    for _ in range(200):
+        assert isinstance(r.pick(facts(prompt_tokens=20_000, counted=True), OLD), Wait)
+    waiting = r.pick(facts(counted=True), OLD)
+    assert isinstance(waiting, Wait)
+    effects = r.release(held, DONE, OLD + 1)
+    for step in range(10):
+        effects += r.tick(OLD + 1 + step / 20)
+    assert [(e.ticket, e.lease.instance_id) for e in effects] == [(waiting.ticket, "small")]  # type: ignore[union-attr]
+    assert r.waiting == 200
+
+
+def test_room_goes_to_those_who_asked_by_an_alias_too() -> None:
+    r = router(endpoint("a", running=1, aliases=("gpt",)))
+    held = pick(r, model="gpt").lease
+    waiting = r.pick(facts(model="gpt"), OLD)
+    assert isinstance(waiting, Wait)
+    assert [e.ticket for e in r.release(held, DONE, OLD + 1)] == [waiting.ticket]  # type: ignore[union-attr]

@@ -47,6 +47,7 @@ class Queue:
     lanes: dict[Lane, list[Waiting]] = field(default_factory=dict)
     tokens: dict[Lane, int] = field(default_factory=dict)
     tickets: dict[int, Waiting] = field(default_factory=dict)
+    behind: dict[Lane, int] = field(default_factory=dict)  # where `look_at` goes on
 
     def full(self, lane: Lane, tokens: int) -> str:
         """Which bound the next request would break; empty if none. A lane that is empty takes any one request."""
@@ -73,7 +74,20 @@ class Queue:
         self.tokens[lane] -= waiting.tokens
         if not line:
             del self.lanes[lane], self.tokens[lane]
+            self.behind.pop(lane, None)
         return waiting
+
+    def look_at(self, lane: Lane, most: int) -> list[Waiting]:
+        """Whom to offer room: the first so many, and as many of those behind them, other ones each time. Requests that
+        can go nowhere yet (long prompts, say, while their instance is full) must not hide those that can."""
+        line = self.lanes.get(lane, [])
+        if len(line) <= most:
+            return list(line)
+        start = self.behind.get(lane, most)
+        if start >= len(line):
+            start = most
+        self.behind[lane] = start + most
+        return line[:most] + line[start : start + most]
 
     def expired(self, now: float, most: int) -> list[Waiting]:
         return list(islice((waiting for waiting in self.tickets.values() if now >= waiting.until), most))

@@ -32,7 +32,7 @@ from services.gateway.routing.health import Doubt, Link, State
 
 SETTLE_S = 3.0  # how long a request waits for a directory that may still be filling
 FULL_PAUSE_S = 0.1  # an instance that refused for want of room is left alone so long, or until its next report
-SCAN = 32  # waiting requests looked at when room appears; those behind wait for the next time
+SCAN = 32  # waiting requests looked at in one step, at the head of a lane and behind it
 
 
 class Router:
@@ -266,7 +266,7 @@ class Router:
 
     def _serve_lane(self, lane: tuple[str, str], now: float) -> list[Effect]:
         effects: list[Effect] = []
-        for waiting in list(self._queue.lanes.get(lane, ())[:SCAN]):
+        for waiting in self._queue.look_at(lane, SCAN):
             choice = self._choose(waiting.facts, now, waiting.draw)
             if choice.instance is not None:
                 self._queue.remove(waiting.ticket)
