@@ -73,6 +73,7 @@ def command(
         http=f"{rest.rpartition(':')[0]}:{port}" if port else rest,
         registry=registry or plan.registry,
         node=node,
+        keys=bool(keys or ours.keys),
     )
     consul = {
         "prefix": registry_prefix,
