@@ -153,7 +153,7 @@ async def test_a_frozen_gateway_is_left_within_seconds(tmp_path: Path) -> None:
             assert time.monotonic() - started < 4
             started = time.monotonic()
             await client.chat("x", model="chat", max_tokens=1)
-            assert time.monotonic() - started < 0.5, "the one that answered is remembered"
+            assert time.monotonic() - started < 1.5, "the one that answered is remembered"
 
 
 async def test_a_stream_that_breaks_is_not_begun_anew(tmp_path: Path) -> None:
