@@ -24,10 +24,6 @@ class Rates:
     fixed_s: float
     weight: float
 
-    @property
-    def known(self) -> bool:
-        return self.prompt_tps > 0
-
 
 def rates(endpoint: Endpoint, weight: float = 1.0) -> Rates:
     """`weight` is the gateway's own static factor; the endpoint's multiplies in."""

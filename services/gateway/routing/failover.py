@@ -33,7 +33,6 @@ class Progress:
     attempts: int
     events: int
     time_left_s: float
-    repeatable: bool = True  # the same request twice does no harm
 
 
 @dataclass(slots=True)
