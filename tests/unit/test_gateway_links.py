@@ -64,3 +64,18 @@ async def test_link_frames_drain_and_goodbye() -> None:
         await a.frames.put(wk.LinkResponse(goodbye=wk.WorkerGoodbye(why="done")))
         await until(lambda: up.state("a") == "gone", 2)
         assert (await up.chat())[1].instance_id == "b"
+
+
+async def test_a_caller_who_leaves_in_the_moment_in_which_he_is_served_leaves_nothing_behind() -> None:
+    async with fake_instance("a", silent, max_running=1) as a, upstream(a) as up:
+        first = asyncio.create_task(up.chat())
+        await until(lambda: len(a.requests) == 1, 5)
+        second = asyncio.create_task(up.chat())
+        await until(lambda: up.carrier.router.waiting == 1, 5)
+        (seq,) = up.carrier.router.fleet.instances["a"].ledger.entries
+        up.carrier.release(Lease(seq, "a", 7, Facts("llm", "m"), Record("llm", "m")), LEFT)
+        assert up.carrier.router.waiting == 0, "the lease is his, but he has not run since"
+        for task in (second, first):
+            task.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert up.nothing_left() and len(a.requests) == 1
