@@ -9,6 +9,7 @@ was lost after it may only go elsewhere while nothing has been sent to the calle
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
@@ -18,6 +19,9 @@ from grpc import RpcError, StatusCode
 REASON_KEY = "x-infermesh-reason"
 PARAM_KEY = "x-infermesh-param"
 RETRY_AFTER_KEY = "retry-after-ms"
+
+
+_UNFIT = re.compile(r"[^\x20-\x7e]")  # what gRPC takes in no text value
 
 
 class Reason(StrEnum):
@@ -146,7 +150,7 @@ def to_trailers(error: MeshError) -> tuple[tuple[str, str], ...]:
     """Trailing metadata of a failed call."""
     pairs = [(REASON_KEY, error.reason.value)]
     if error.param:
-        pairs.append((PARAM_KEY, error.param.encode("ascii", "replace").decode()[:256]))
+        pairs.append((PARAM_KEY, _UNFIT.sub("?", error.param[:256])))
     if error.retry_after_s is not None:
         pairs.append((RETRY_AFTER_KEY, str(max(0, round(error.retry_after_s * 1000)))))
     return tuple(pairs)

@@ -98,6 +98,11 @@ class Stay:
             if error.code() in _REFUSALS:
                 raise _Refused(f"the registry refuses: {error.details()}") from error
             raise
+        except asyncio.CancelledError:
+            # grpc.aio raises it also when the other side cancelled the stream; only our own task's ends the stay.
+            if (task := asyncio.current_task()) and task.cancelling():
+                raise
+            raise ConnectionError("the stream was cancelled") from None
         except asyncio.InvalidStateError:
             # Writing to a call that has ended says nothing about why; its status does.
             code, details = await call.code(), await call.details()
@@ -136,8 +141,6 @@ class Stay:
                 reading.cancel()
 
     async def _heard(self, call: Any, reading: asyncio.Future[Any]) -> None:
-        if reading.cancelled():  # grpc.aio's way to say that the other side cancelled
-            raise ConnectionError("the stream was cancelled")
         reply = reading.result()
         if reply is grpc.aio.EOF:
             raise ConnectionError(f"the registry ended the stream: {await call.details() or 'no reason'}")

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from deploy.fleet.values import ENGINES_OF, Fleet, Instance, Later, Node
+from deploy.fleet.values import ENGINES_OF, Fleet, Instance, Later, Node, Speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +120,10 @@ def _instance_faults(at: str, fleet: Fleet, instance: Instance, node: Node | Non
     for key in _OF_ENGINE:
         if key not in own and getattr(instance, key) != Instance.model_fields[key].get_default():
             yield Fault(f"{at}.{key}", f"engine {engine} does not take it; it is for {', '.join(_OF_ENGINE[key])}")
+    other = _SPEED_OF_LLM if model.kind != "llm" else _SPEED_OF_ENCODER
+    for key in sorted(other):
+        if instance.speed and getattr(instance.speed, key) is not None:
+            yield Fault(f"{at}.speed.{key}", f"is not a number of kind {model.kind}; it takes {_takes(other)}")
     if engine == "openai-http" and not (instance.url or model.source):
         yield Fault(f"{at}.url", "engine openai-http needs the server's URL, e.g. http://127.0.0.1:8001/v1")
     if engine in ("vllm", "sentence-transformers") and not model.source:
@@ -139,6 +143,14 @@ def _instance_faults(at: str, fleet: Fleet, instance: Instance, node: Node | Non
         and len(instance.cards) != (instance.tp or len(instance.cards)) * instance.pp
     ):
         yield Fault(f"{at}.cards", f"{len(instance.cards)} cards for tp {instance.tp} × pp {instance.pp}")
+
+
+_SPEED_OF_ENCODER = frozenset({"fixed_ms", "tokens_per_s"})
+_SPEED_OF_LLM = frozenset(Speed.model_fields) - _SPEED_OF_ENCODER
+
+
+def _takes(other: frozenset[str]) -> str:
+    return ", ".join(key for key in Speed.model_fields if key not in other)
 
 
 _OF_ENGINE: dict[str, tuple[str, ...]] = {

@@ -222,7 +222,7 @@ class Fleet(Part):
     models: Annotated[tuple[Model, ...], Field(min_length=1)]
     nodes: tuple[Node, ...] = ()
     instances: tuple[Instance, ...] = ()
-    registry: Annotated[str, Field(pattern=r"^((mesh|consul)://\S+)?$")] = ""  # default: the one that `up` hosts
+    registry: Annotated[str, Field(pattern=r"^((mesh|consuls?)://\S+)?$")] = ""  # default: the one that `up` hosts
     gateway: Gateway = Gateway()
     routing: Routing = Routing()
     devices: Annotated[dict[str, Device], Later("the hardware catalogue comes with `infermesh plan`")] = {}

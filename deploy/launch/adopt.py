@@ -41,15 +41,16 @@ def probe(url: str, api_key: str = "") -> list[Found]:
     try:
         with opener.open(request, timeout=PROBE_S) as reply:
             listed = json.loads(reply.read(MAX_BYTES))["data"]
-        models = [str(entry["id"]) for entry in listed]
+        # A gateway of ours tells the kind; other servers do not, and what they list counts as a language model.
+        models = [str(entry["id"]) for entry in listed if entry.get("kind", "llm") == "llm"]
     except urllib.error.HTTPError as error:
         hint = "; give --adopt-key-file" if error.code in (401, 403) else ""
         raise ValueError(f"--adopt {url}: {base}/v1/models answers {error.code}{hint}") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "reason", None) or error
         raise ValueError(f"--adopt {url}: no OpenAI-speaking server there ({base}/v1/models: {reason})") from None
     if not models:
-        raise ValueError(f"--adopt {url}: it lists no model")
+        raise ValueError(f"--adopt {url}: it lists no language model")
     return [Found(base, model) for model in models]
 
 

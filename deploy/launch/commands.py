@@ -36,6 +36,7 @@ class Shared:
     insecure: bool = False
     grace_s: float = 10.0
     log_level: str = ""
+    registry_options: Mapping[str, str] = field(default_factory=dict)  # of Consul: prefix, token and TLS files
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,8 @@ def _encoder(model: Model, instance: Instance) -> dict[str, object]:
 
 def _shared(shared: Shared) -> list[str]:
     argv = ["--registry", shared.registry, "--grace-s", f"{shared.grace_s:g}"]
+    for name, value in shared.registry_options.items():
+        argv += [f"--registry-{name}", value]
     if shared.log_level:
         argv += ["--log-level", shared.log_level]
     if shared.keys:

@@ -156,7 +156,11 @@ def _proxy() -> Finding:
     found = sorted({name.lower() for name in os.environ if name.lower() in PROXIES and os.environ[name]})
     if not found:
         return Finding("proxy", "ok", "none set")
-    return Finding("proxy", "ok", f"{', '.join(found)}: for downloads; channels inside the mesh ignore them")
+    what = f"{', '.join(found)}: for downloads; channels inside the mesh ignore them"
+    if urllib.request.getproxies().get("http") and not urllib.request.proxy_bypass("127.0.0.1"):
+        do = "export no_proxy=127.0.0.1,localhost"
+        return Finding("proxy", "warn", f"{what}, but curl and SDKs would ask it for 127.0.0.1 as well", do)
+    return Finding("proxy", "ok", what)
 
 
 def _hub() -> tuple[Finding, str]:

@@ -57,7 +57,9 @@ def gpus() -> list[str]:
 
 def bind_fault(address: str) -> str:
     """Why this address cannot be listened on; empty if it can. Without SO_REUSEPORT: a second server would share it."""
-    host, _, port = address.rpartition(":")
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or int(port) > 65535:
+        return "it is not HOST:PORT"
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -34,12 +35,15 @@ HARD_GRACE_S = 5.0  # what a child gets beyond the grace period that it knows of
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where the mesh listens. `registry` empty: hosted here. `node`: which of the fleet's this host is."""
+    """Where the mesh listens. `registry` empty: hosted here. `node`: which of the fleet's this host is. `keys`: callers
+    need one.
+    """
 
     grpc: str
     http: str
     registry: str = ""
     node: str = ""
+    keys: bool = False
 
 
 async def run_mesh(
@@ -157,11 +161,13 @@ async def _watch(
             return 1
         if not told:
             screen.refresh(children)
-            if states[GATEWAY] is State.READY and all(state in (State.READY, State.FAILED) for state in of_instances):
+            loaded = all(state in (State.READY, State.FAILED, State.STOPPED) for state in of_instances)
+            if states[GATEWAY] is State.READY and loaded and State.READY in of_instances:
                 told = True
                 screen.end()
                 print(banner(fleet, children, where, registry, notes), flush=True)
-        await asyncio.wait({asyncio.ensure_future(stop.wait())}, timeout=LOOK_S)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stop.wait(), LOOK_S)
     return 0
 
 
@@ -197,7 +203,7 @@ def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: st
     lines += [
         "",
         "Try:",
-        f"  {curl(first.program.kind, models[first.program.id], http)}",
+        f"  {curl(first.program.kind, models[first.program.id], http, keys=where.keys)}",
         *([] if grpc == DEFAULT_GRPC else [f"  export INFERMESH_GATEWAY={grpc}   # for infermesh chat and the like"]),
         "",
         *notes,
@@ -208,7 +214,8 @@ def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: st
     return "\n".join(lines)
 
 
-def curl(kind: str, model: str, http: str) -> str:
+def curl(kind: str, model: str, http: str, *, keys: bool = False) -> str:
+    """A line to paste on this machine. The key itself is not known here, only its hash."""
     path, body = {
         "llm": (
             "chat/completions",
@@ -217,7 +224,10 @@ def curl(kind: str, model: str, http: str) -> str:
         "embedding": ("embeddings", f'{{"model": "{model}", "input": ["The cat sat on the mat."]}}'),
         "rerank": ("rerank", f'{{"model": "{model}", "query": "a pet", "documents": ["A cat.", "A car."]}}'),
     }[kind]
-    return f"curl http://{http}/v1/{path} -H 'content-type: application/json' -d '{body}'"
+    host, _, port = http.rpartition(":")
+    near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
+    key = ' -H "authorization: Bearer $KEY"' if keys else ""
+    return f"curl http://{near}:{port}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'"
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

@@ -66,6 +66,8 @@ def sweep(leader: int, timeout_s: float = 5.0) -> list[int]:
 
 
 def _send(call: object, pid: int, number: int = signal.SIGKILL) -> None:
+    if pid <= 0:
+        return  # to the kernel, 0 is our own group
     try:
         call(pid, number)  # type: ignore[operator]
     except (ProcessLookupError, PermissionError):

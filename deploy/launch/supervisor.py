@@ -17,6 +17,7 @@ from deploy.launch import sessions, supervise
 from deploy.launch.supervise import Child, Effect, Policy, State
 
 LOOK_S = 0.1  # how often children are looked at
+CANNOT_START = 126  # the exit code that a shell gives what it cannot run
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,11 @@ class Supervisor:
     async def _carry_out(self, running: Running, effects: Sequence[Effect]) -> None:
         for effect in effects:
             if effect is Effect.START:
-                self._spawn(running)
+                try:
+                    self._spawn(running)
+                except OSError as error:  # no memory for a process, no disk for its log, a broken interpreter
+                    print(f"[{running.program.id}] cannot be started: {error}", file=sys.stderr)
+                    running.child, _ = supervise.exited(running.child, CANNOT_START, self.clock(), self.policy)
             elif effect is Effect.TERMINATE:
                 sessions.terminate(running.pid)
             else:
@@ -134,7 +139,8 @@ class Supervisor:
 
     def _spawn(self, running: Running) -> None:
         program = running.program
-        program.ready_file.parent.mkdir(parents=True, exist_ok=True)
+        for folder in (program.ready_file.parent, program.log.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         program.ready_file.unlink(missing_ok=True)
         running.facts = {}
         with program.log.open("ab") as log:

@@ -164,6 +164,9 @@ def build(env: Environment, gpu: bool, settings: Settings) -> None:
         if uv_command(settings, *command) == 0:
             break
         if number == len(attempts):
+            if env.torch and not gpu:
+                say("without an NVIDIA GPU torch's CPU build is needed: from its own index, or from a folder of wheels")
+                say("that pip is told about (find-links in pip's configuration, or PIP_FIND_LINKS=FOLDER make up)")
             sys.exit(
                 f"could not fill {env.folder}: see uv's message above; what is there is kept, so run it again. This is "
                 f"Python {sys.version_info[0]}.{sys.version_info[1]}; if wheels exist for another: PYTHON=..."

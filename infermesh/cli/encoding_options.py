@@ -2,55 +2,74 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 SPEED = ("fixed_ms", "tokens_per_s")
+OPTIONS: dict[str, Any] = {
+    "model": Annotated[str | None, typer.Option(help="The model id that clients use; all-minilm-l6-v2 unless told.")],
+    "source": Annotated[str | None, typer.Option(help="A local folder or a hub name; the default model has its own.")],
+    "alias": Annotated[list[str] | None, typer.Option(help="Another name of the model; may be repeated.")],
+    "devices": Annotated[
+        str | None, typer.Option(help="cpu, cuda, or several: cuda:2,cuda:3. Unless told: what is there.")
+    ],
+    "replicas": Annotated[int | None, typer.Option(help="Worker processes on each device.")],
+    "backend": Annotated[str | None, typer.Option(help="auto, torch, onnx or openvino.")],
+    "dtype": Annotated[str | None, typer.Option(help="auto, fp32, fp16 or bf16.")],
+    "revision": Annotated[str | None, typer.Option(help="Of a hub model.")],
+    "trust_remote_code": Annotated[
+        bool | None, typer.Option("--trust-remote-code", help="Run the code that the model brings along.")
+    ],
+    "max_tokens": Annotated[int | None, typer.Option(help="Tokens of one input; unless told the model's own limit.")],
+    "threads": Annotated[int | None, typer.Option(help="Of each CPU replica; unless told the cores, divided.")],
+    "batch_tokens": Annotated[int | None, typer.Option(help="Padded tokens in a batch; unless told what takes 0.1 s.")],
+    "batch_rows": Annotated[int | None, typer.Option(help="Inputs in a batch.")],
+    "batch_wait_ms": Annotated[float | None, typer.Option(help="How long a small batch waits for more while busy.")],
+    "batch_timeout_s": Annotated[float | None, typer.Option(help="Seconds after which a replica counts as hung.")],
+    "queue_tokens": Annotated[int | None, typer.Option(help="Tokens that may be queued; more are refused.")],
+    "queue_rows": Annotated[int | None, typer.Option(help="Inputs that may be queued; more are refused.")],
+    "export_dir": Annotated[Path | None, typer.Option(help="Where exported models are kept.")],
+    "listen": Annotated[str | None, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")],
+    "advertise": Annotated[str | None, typer.Option(help="HOST:PORT that others dial.")],
+    "registry": Annotated[str | None, typer.Option(help="mesh://H:P[,H:P], consul://H:P or consuls://H:P.")],
+    "registry_prefix": Annotated[str | None, typer.Option(help="Of the service names in the registry.")],
+    "registry_token_file": Annotated[Path | None, typer.Option(help="Consul's ACL token.")],
+    "registry_ca_file": Annotated[Path | None, typer.Option(help="consuls: whom to trust.")],
+    "registry_cert_file": Annotated[Path | None, typer.Option(help="consuls: our certificate.")],
+    "registry_key_file": Annotated[Path | None, typer.Option(help="consuls: its key.")],
+    "instance_id": Annotated[str | None, typer.Option(help="Its id in the mesh.")],
+    "tier": Annotated[str | None, typer.Option(help="primary, long-context or fallback.")],
+    "weight": Annotated[float | None, typer.Option(help="The operator's factor on its share.")],
+    "zone": Annotated[str | None, typer.Option(help="Where it stands.")],
+    "max_running": Annotated[int | None, typer.Option(help="Requests that gateways may have here at once.")],
+    "device": Annotated[str | None, typer.Option(help="The card, as the hardware catalogue names it.")],
+    "fixed_ms": Annotated[float | None, typer.Option(help="Declared speed: milliseconds of a short request.")],
+    "tokens_per_s": Annotated[float | None, typer.Option(help="Declared speed: tokens a second.")],
+    "keys": Annotated[Path | None, typer.Option("--keys", help="keys.yaml: who may call.")],
+    "operator_key_file": Annotated[Path | None, typer.Option(help="The operator's key, to register with.")],
+    "insecure": Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")],
+    "grace_s": Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")],
+    "ready_file": Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")],
+    "log_level": Annotated[str | None, typer.Option(help="debug, info, warning or error.")],
+}
 
-Model = Annotated[str | None, typer.Option(help="The model id that clients use; all-minilm-l6-v2 unless told.")]
-Source = Annotated[str | None, typer.Option(help="A local folder or a hub name; the default model has its own.")]
-Alias = Annotated[list[str] | None, typer.Option(help="Another name of the model; may be repeated.")]
-Devices = Annotated[str | None, typer.Option(help="cpu, cuda, or several: cuda:2,cuda:3. Unless told: what is there.")]
-Replicas = Annotated[int | None, typer.Option(help="Worker processes on each device.")]
-Backend = Annotated[str | None, typer.Option(help="auto, torch, onnx or openvino.")]
-Dtype = Annotated[str | None, typer.Option(help="auto, fp32, fp16 or bf16.")]
-Revision = Annotated[str | None, typer.Option(help="Of a hub model.")]
-TrustRemoteCode = Annotated[
-    bool | None, typer.Option("--trust-remote-code", help="Run the code that the model brings along.")
-]
-MaxTokens = Annotated[int | None, typer.Option(help="Tokens of one input; unless told the model's own limit.")]
-Threads = Annotated[int | None, typer.Option(help="Of each CPU replica; unless told the cores, divided.")]
-BatchTokens = Annotated[int | None, typer.Option(help="Padded tokens in a batch; unless told what takes 0.1 s.")]
-BatchRows = Annotated[int | None, typer.Option(help="Inputs in a batch.")]
-BatchWaitMs = Annotated[float | None, typer.Option(help="How long a small batch waits for more while busy.")]
-BatchTimeoutS = Annotated[float | None, typer.Option(help="Seconds after which a replica counts as hung.")]
-QueueTokens = Annotated[int | None, typer.Option(help="Tokens that may be queued; more are refused.")]
-QueueRows = Annotated[int | None, typer.Option(help="Inputs that may be queued; more are refused.")]
-ExportDir = Annotated[Path | None, typer.Option(help="Where exported models are kept.")]
-FixedMs = Annotated[float | None, typer.Option(help="Declared speed: milliseconds of a short request.")]
-TokensPerS = Annotated[float | None, typer.Option(help="Declared speed: tokens a second.")]
-Listen = Annotated[str | None, typer.Option(help="HOST:PORT to listen on; port 0 takes a free one.")]
-Advertise = Annotated[str | None, typer.Option(help="HOST:PORT that others dial.")]
-Registry = Annotated[str | None, typer.Option(help="mesh://H:P[,H:P], consul://H:P or consuls://H:P.")]
-RegistryPrefix = Annotated[str | None, typer.Option(help="Of the service names in the registry.")]
-RegistryTokenFile = Annotated[Path | None, typer.Option(help="Consul's ACL token.")]
-RegistryCaFile = Annotated[Path | None, typer.Option(help="consuls: whom to trust.")]
-RegistryCertFile = Annotated[Path | None, typer.Option(help="consuls: our certificate.")]
-RegistryKeyFile = Annotated[Path | None, typer.Option(help="consuls: its key.")]
-InstanceId = Annotated[str | None, typer.Option(help="Its id in the mesh.")]
-Tier = Annotated[str | None, typer.Option(help="primary, long-context or fallback.")]
-Weight = Annotated[float | None, typer.Option(help="The operator's factor on its share.")]
-Zone = Annotated[str | None, typer.Option(help="Where it stands.")]
-MaxRunning = Annotated[int | None, typer.Option(help="Requests that gateways may have here at once.")]
-Device = Annotated[str | None, typer.Option(help="The card, as the hardware catalogue names it.")]
-KeysFile = Annotated[Path | None, typer.Option("--keys", help="keys.yaml: who may call.")]
-OperatorKeyFile = Annotated[Path | None, typer.Option(help="The operator's key, to register with.")]
-Insecure = Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")]
-GraceS = Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")]
-ReadyFile = Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")]
-LogLevel = Annotated[str | None, typer.Option(help="debug, info, warning or error.")]
+
+def takes(**more: Any) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """Gives a function of keywords the parameters that typer reads: these options, and `more` of its own."""
+    kinds = OPTIONS | more
+
+    def signed(function: Callable[..., int]) -> Callable[..., int]:
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        named = [inspect.Parameter(name, keyword, default=None, annotation=kind) for name, kind in kinds.items()]
+        function.__signature__ = inspect.Signature(named)  # type: ignore[attr-defined]
+        function.__annotations__ = dict(kinds)
+        return function
+
+    return signed
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from infermesh.cli.printing import emit_json
 
 def command(
     request_id: Annotated[
-        str, typer.Argument(help="A past request's x-request-id; empty: a request as described.")
+        str, typer.Argument(help="A past request's x-request-id; not kept by this version, which says so.")
     ] = "",
     model: Annotated[str, typer.Option("--model", "-m", help="Model id.")] = "",
     kind: Annotated[str, typer.Option(help="llm, embedding or rerank.")] = "llm",
@@ -25,11 +25,11 @@ def command(
     timeout: connect.Timeout = 10,
     json: connect.Json = False,
 ) -> None:
-    """Show the decision record of a past request, or of one that is only described: where it would go now, and why.
+    """Show the decision record of a request that is only described: where it would go now, and why.
 
     Examples:
         infermesh explain --model qwen2.5-0.5b-instruct --prompt-tokens 2000
-        infermesh explain --json 3f2a9c41
+        infermesh explain --json --kind embedding --prompt-tokens 50
     """
     from infermesh.v1.mesh_pb2 import ExplainRequest
 

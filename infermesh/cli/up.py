@@ -20,7 +20,14 @@ def command(
     adopt: Annotated[str, typer.Option(metavar="URL[,URL…]", help="Put running OpenAI-speaking servers behind.")] = "",
     adopt_key_file: Annotated[str, typer.Option(help="API key of the adopted servers.")] = "",
     llm_source: Annotated[str, typer.Option(help="Default fleet: the LLM, a folder or a hub name.")] = "",
-    registry: Annotated[str, typer.Option(help="consul://H:P or mesh://H:P; default: hosted here.")] = "",
+    registry: Annotated[
+        str, typer.Option(help="consul://H:P, consuls://H:P or mesh://H:P; default: hosted here.")
+    ] = "",
+    registry_prefix: Annotated[str, typer.Option(help="Of the service names in the registry.")] = "",
+    registry_token_file: Annotated[str, typer.Option(help="Consul's ACL token.")] = "",
+    registry_ca_file: Annotated[str, typer.Option(help="consuls: whom to trust.")] = "",
+    registry_cert_file: Annotated[str, typer.Option(help="consuls: our certificate.")] = "",
+    registry_key_file: Annotated[str, typer.Option(help="consuls: its key.")] = "",
     grpc: Annotated[str, typer.Option(help="The gateway's gRPC address; 127.0.0.1:50050 unless told.")] = "",
     http: Annotated[str, typer.Option(help="The gateway's REST address; 127.0.0.1:8000 unless told.")] = "",
     port: Annotated[int, typer.Option("--port", "-p", help="The port of the REST address.", min=0, max=65535)] = 0,
@@ -66,14 +73,25 @@ def command(
         http=f"{rest.rpartition(':')[0]}:{port}" if port else rest,
         registry=registry or plan.registry,
         node=node,
+        keys=bool(keys or ours.keys),
     )
+    consul = {
+        "prefix": registry_prefix,
+        "token-file": registry_token_file,
+        "ca-file": registry_ca_file,
+        "cert-file": registry_cert_file,
+        "key-file": registry_key_file,
+    }
     shared = Shared(
         registry="",
         keys=str(keys or ours.keys),
         operator_key_file=str(operator_key_file or ours.operator_key_file),
         insecure=insecure or ours.insecure,
         grace_s=grace_s,
+        registry_options={name: value for name, value in consul.items() if value},
     )
+    if shared.registry_options and not where.registry.startswith("consul"):
+        raise Failure("--registry-* options are for Consul: --registry consul://HOST:PORT", BAD_USAGE)
     if shared.keys and not shared.operator_key_file:
         raise Failure("with --keys the mesh needs --operator-key-file too: its processes show that key", BAD_USAGE)
     opened = load_keys(Path(shared.keys) if shared.keys else None)

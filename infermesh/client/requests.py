@@ -205,7 +205,7 @@ def _generation(request: lm.ChatRequest | lm.CompleteRequest, options: Mapping[s
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}")
-    given = [name for name in _CONSTRAINTS if options.get(name)]
+    given = [name for name in _CONSTRAINTS if options.get(name) not in (None, False)]
     if len(given) > 1:
         raise TypeError(f"{' and '.join(given)} exclude each other")
     for name, value in options.items():
@@ -225,6 +225,7 @@ def _generation(request: lm.ChatRequest | lm.CompleteRequest, options: Mapping[s
             setattr(request.sampling, name, value)
     for name in given:
         if name == "choice":
+            request.constraint.choice.SetInParent()  # no choice at all is refused by the mesh, not dropped here
             request.constraint.choice.choices.extend(options["choice"])
         else:
             value = options[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Entry:
 class Arrivals:
     def __init__(self) -> None:
         self._shares: dict[str, Share] = {}
+        self._links: Counter[str] = Counter()
         self._running = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -67,12 +69,25 @@ class Arrivals:
             self._running -= 1
             if not self._running:
                 self._idle.set()
+            self._forget(gateway_id)
 
-    def forget(self, gateway_id: str) -> None:
-        """A gateway has gone and left nothing running."""
+    @contextmanager
+    def linked(self, gateway_id: str) -> Iterator[None]:
+        """While a gateway's Link stands, its highest `seq` is remembered, whether anything of it runs or not."""
+        self._links[gateway_id] += 1
+        try:
+            yield
+        finally:
+            self._links[gateway_id] -= 1
+            self._forget(gateway_id)
+
+    def _forget(self, gateway_id: str) -> None:
+        """Nothing of a gateway that has gone and left nothing running: each of its lives has a name of its own."""
         share = self._shares.get(gateway_id)
-        if share is not None and not share.running:
-            del self._shares[gateway_id]
+        if not self._links[gateway_id]:
+            del self._links[gateway_id]
+            if share is not None and not share.running:
+                del self._shares[gateway_id]
 
     async def wait_idle(self, timeout_s: float) -> bool:
         """True once nothing is in flight, False when the time is over."""

@@ -25,6 +25,8 @@ MAX_INPUTS = 2048
 MAX_TOKENS = 1 << 31
 MAX_JSON_DEPTH = 64
 MAX_PROMPT_IDS = 1 << 20
+MAX_UNIX_S = 253_402_300_799  # the end of year 9999, as far as calendars go
+_ROLES = frozenset(lm.Role.values()) - {lm.ROLE_UNSPECIFIED}
 _NAME = re.compile(r"[a-zA-Z0-9_.-]{1,64}")
 
 # field -> (low, high, what is allowed)
@@ -113,6 +115,7 @@ def check_relay(relay: Relay) -> None:
     if len(relay.cache_salt) > 64:
         raise invalid("relay.cache_salt", "at most 64 bytes")
     _at_most("relay.prefix_chain", relay.prefix_chain, 1 << 16)
+    _within("relay.rendered_at", relay.rendered_at, 0, MAX_UNIX_S, "unix seconds, 0 .. year 9999")
 
 
 def check_json(param: str, text: str) -> object:
@@ -154,7 +157,7 @@ def _refuse_constant(name: str) -> object:
 
 
 def _message(path: str, message: lm.Message) -> None:
-    if message.role == lm.ROLE_UNSPECIFIED or message.role not in lm.Role.values():
+    if message.role not in _ROLES:
         raise invalid(f"{path}.role", "must be system, developer, user, assistant or tool")
     for index, part in enumerate(message.parts):
         which = part.WhichOneof("part")

@@ -132,6 +132,7 @@ async def _live(
             return await _until_over(died, stop)
     finally:
         died.cancel()
+        worker.announce_goodbye("stopped")
         await server.stop(0.2)
 
 

@@ -11,12 +11,11 @@
 from __future__ import annotations
 
 import hashlib
-import hmac
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infermesh.errors import MeshError, Reason
 
@@ -37,6 +36,18 @@ class KeyFile(BaseModel):
 
     version: Literal[1]
     keys: tuple[Key, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        places: dict[str, int] = {}
+        twice = [
+            f"keys.{place} is the same key as keys.{places[key.sha256]}"
+            for place, key in enumerate(self.keys)
+            if places.setdefault(key.sha256, place) != place
+        ]
+        if twice:
+            raise ValueError("; ".join(twice))
+        return self
 
 
 class Keys:
@@ -61,7 +72,7 @@ class Keys:
             raise MeshError(Reason.UNAUTHENTICATED, "an API key is needed: authorization: Bearer KEY")
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
         found = self._keys.get(digest)
-        if found is None or not hmac.compare_digest(found.sha256, digest):
+        if found is None:
             raise MeshError(Reason.UNAUTHENTICATED, "this API key is not known")
         return found
 
@@ -88,7 +99,7 @@ def load_keys(path: Path | None) -> Keys:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}; name a readable file with --keys") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     try:
         return Keys(KeyFile.model_validate(raw).keys)

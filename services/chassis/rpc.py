@@ -17,6 +17,7 @@ import structlog
 from infermesh.errors import MeshError, Reason, from_rpc, to_trailers
 
 Context = grpc.aio.ServicerContext
+MAX_DETAILS_BYTES = 4096
 log = structlog.get_logger("rpc")
 
 
@@ -33,7 +34,18 @@ def as_mesh_error(error: BaseException) -> MeshError:
 async def abort(context: Context, error: MeshError) -> None:
     """Ends the call with the error. Does not return."""
     trailers = tuple(context.trailing_metadata() or ()) + to_trailers(error)
-    await context.abort(error.row.grpc, error.message[:4000], trailers)
+    await context.abort(error.row.grpc, details(error.message), trailers)
+
+
+def details(message: str) -> str:
+    """As much of the message as headers carry: gRPC writes what is not printable ASCII as `%XX`, and a client with
+    the library's own limits (8 KiB) would see a broken call instead of the error."""
+    size = 0
+    for index, char in enumerate(message):
+        size += 1 if " " <= char <= "~" and char != "%" else 3 * len(char.encode("utf-8", "replace"))
+        if size > MAX_DETAILS_BYTES:
+            return message[:index]
+    return message
 
 
 def unary(handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

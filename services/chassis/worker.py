@@ -43,13 +43,25 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._keys = keys
         self._drain = drain
         self._held = held or HeldPrefixes()
-        self._draining = asyncio.Event()
+        self._draining = False
         self._grace_s = 0.0
+        self._leaving = ""
+        self._news = asyncio.Event()  # replaced each time
 
     def announce_drain(self, grace_s: float) -> None:
         """Tells every linked gateway."""
         self._grace_s = grace_s
-        self._draining.set()
+        self._draining = True
+        self._tell()
+
+    def announce_goodbye(self, why: str) -> None:
+        """Tells every linked gateway that this life is over, and ends their Links."""
+        self._leaving = why
+        self._tell()
+
+    def _tell(self) -> None:
+        news, self._news = self._news, asyncio.Event()
+        news.set()
 
     @unary
     async def Describe(self, request: wk.DescribeRequest, context: Context) -> wk.DescribeResponse:
@@ -60,7 +72,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             metadata=to_metadata(endpoint),
             version=infermesh.__version__,
             load=self._load(),
-            draining=self._draining.is_set(),
+            draining=self._draining,
             engine_version=endpoint.engine_version,
         )
 
@@ -86,7 +98,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             raise invalid("frame", "the first frame must be hello")
         gateway_id = hello.hello.gateway_id
         with_cache = "cache" in hello.hello.features
-        interval_s = max(MIN_INTERVAL_S, (hello.hello.load_interval_ms or 100) / 1000)
+        interval_s = min(max(MIN_INTERVAL_S, (hello.hello.load_interval_ms or 100) / 1000), HEARTBEAT_S)
         endpoint = self._endpoint()
         yield wk.LinkResponse(
             hello=wk.WorkerHello(
@@ -98,22 +110,26 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         )
         gone = asyncio.create_task(_until_goodbye(frames))
         try:
-            async for frame in self._reports(gateway_id, interval_s, gone, with_cache):
-                yield frame
+            with self._arrivals.linked(gateway_id):
+                async for frame in self._reports(gateway_id, interval_s, gone, with_cache):
+                    yield frame
         finally:
             gone.cancel()
-            self._arrivals.forget(gateway_id)
 
     async def _reports(
         self, gateway_id: str, interval_s: float, gone: asyncio.Task[None], with_cache: bool
     ) -> AsyncIterator[wk.LinkResponse]:
-        """Load when it changed, at least every second; the drain once; until the gateway leaves."""
+        """Load when it changed, at least every second; the drain once; until the gateway or this instance leaves."""
         last: wk.Load | None = None
         last_at = 0.0
         seen: int | None = None
         told = False
         while not gone.done():
-            if self._draining.is_set() and not told:
+            news = self._news
+            if self._leaving:
+                yield wk.LinkResponse(goodbye=wk.WorkerGoodbye(why=self._leaving))
+                return
+            if self._draining and not told:
                 told = True
                 yield wk.LinkResponse(draining=wk.Draining(grace_ms=round(self._grace_s * 1000)))
             load = self._frame(gateway_id)
@@ -128,10 +144,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 changes, seen = self._held.frames(seen)
                 for cache in changes:
                     yield wk.LinkResponse(cache=cache)
-            waits = {gone} if told else {gone, asyncio.ensure_future(self._draining.wait())}
-            await asyncio.wait(waits, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
-            for task in waits - {gone}:
-                task.cancel()
+            told_of = asyncio.ensure_future(news.wait())
+            await asyncio.wait({gone, told_of}, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
+            told_of.cancel()
 
     def _frame(self, gateway_id: str) -> wk.Load:
         share = self._arrivals.share(gateway_id)

@@ -194,9 +194,10 @@ def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
 
 
 async def _rest_started(gateway: Gateway, tasks: list[asyncio.Task[None]]) -> None:
-    # uvicorn tells by a flag, not by an event.
-    while gateway.rest is not None and not gateway.rest.started and not any(t.done() for t in tasks):  # noqa: ASYNC110
-        await asyncio.sleep(0.005)
+    if gateway.rest is not None:
+        ready = asyncio.create_task(gateway.rest.ready())
+        await asyncio.wait({ready, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        ready.cancel()
 
 
 async def _until_over(stop: Stop, tasks: list[asyncio.Task[None]]) -> int:

@@ -41,8 +41,7 @@ class Coalescer:
 
 
 def merge(into: Event, event: Event) -> None:
-    """Appends an event to an earlier one, choice by choice. `event` is used up."""
-    into.prompt = into.prompt or event.prompt
+    """Appends an event to an earlier one, choice by choice. `event` is used up; it is never the first of its stream."""
     into.usage = event.usage or into.usage
     choices = {delta.choice: delta for delta in into.deltas}
     for delta in event.deltas:

@@ -14,6 +14,7 @@ from services.chassis.encoding.rows import Floats, Ids, Row
 from services.chassis.encoding.tokens import Cut, TooLong, shorten
 
 SMALLEST = 1e-12
+INLINE_ROWS = 64  # more than that are built beside the loop
 DOCUMENT_PROMPTS = ("document", "passage", "corpus")  # the names models give it
 
 
@@ -62,7 +63,7 @@ class CrossScorer:
                     raise _too_long(f"documents[{index}]", f"with the query has {error}") from None
             return rows
 
-        return await self._engine.beside(build) if len(documents) > 64 else build()
+        return await self._engine.beside(build) if len(documents) > INLINE_ROWS else build()
 
     def scores(self, values: Floats, *, raw: bool) -> Floats:
         return values[:, 0 if raw else 1]
@@ -81,15 +82,20 @@ class BiScorer:
         prompt = facts.prompts[named] if named else facts.default_prompt
         found = await self._engine.tokenize([query_prompt + question.query, *(prompt + d for d in question.documents)])
         sequences = [found[0], *_bounded(found[1:], question)]
-        rows = []
-        for index, ids in enumerate(sequences):
-            lead = prompt if index else query_prompt
-            skip = tokenizer.prompt_tokens(lead) if lead and not facts.pools_prompt else 0
-            try:
-                rows.append(tokenizer.row(ids, cut=question.cut, skip=skip))
-            except TooLong as error:
-                raise _too_long(f"documents[{index - 1}]" if index else "query", f"has {error}") from None
-        return rows
+        skips = [
+            tokenizer.prompt_tokens(lead) if lead and not facts.pools_prompt else 0 for lead in (query_prompt, prompt)
+        ]
+
+        def build() -> list[Row]:
+            rows = []
+            for index, ids in enumerate(sequences):
+                try:
+                    rows.append(tokenizer.row(ids, cut=question.cut, skip=skips[min(index, 1)]))
+                except TooLong as error:
+                    raise _too_long(f"documents[{index - 1}]" if index else "query", f"has {error}") from None
+            return rows
+
+        return await self._engine.beside(build) if len(sequences) > INLINE_ROWS else build()
 
     def scores(self, values: Floats, *, raw: bool) -> Floats:
         unit = values / np.maximum(np.linalg.norm(values, axis=1, keepdims=True), SMALLEST)

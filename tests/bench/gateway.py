@@ -2,8 +2,8 @@
 
     make bench                     about two minutes; prints a table, and writes docs/bench.md with ARGS=--write
 
-Scripted instances serve, one that answers at once (unary) and one with a step of 5 ms (streams, an event a token).
-They, the gateway and this client are a process each and share the cores. `gateway CPU` is the gateway process's own
+Instances that cost nothing serve: one embeds, one chats at once, one streams in steps of 5 ms, an event a token. They,
+the gateway and this client are a process each and share the cores. `gateway CPU` is the gateway process's own
 user + system time, divided by requests or by streamed tokens. The longest turn of the gateway's loop is taken over
 everything above it, a 5 MB body and a reply of 2,048 × 1,024 floats included (measured in services/gateway/loop.py).
 """
@@ -30,7 +30,7 @@ import aiohttp
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
-from load import Run, grpc_load, rest_load
+from load import Ask, Run, grpc_load, rest_load
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 256
@@ -41,6 +41,7 @@ STEP_MS = 5.0  # of the instance that streams: one event a token, as engines do
 class Mesh:
     fast: str  # host:port of the instance that answers at once
     paced: str  # of the one with a step of STEP_MS
+    wide: str  # of the one that embeds
     grpc: str
     http: str
     gateway: psutil.Process
@@ -102,9 +103,8 @@ def mesh() -> Iterator[Mesh]:
             ):
                 addresses = [
                     str(ready(files[name], process, logs[name])["address"])
-                    for name, process in (("fast", first), ("paced", second))
+                    for name, process in (("fast", first), ("paced", second), ("embedding", embedding))
                 ]
-                ready(files["embedding"], embedding, logs["embedding"])
                 fronts = ready(files["gateway"], gateway, logs["gateway"])
                 time.sleep(1.5)  # the gateway links to both
                 yield Mesh(*addresses, str(fronts["grpc"]), f"http://{fronts['http']}", psutil.Process(gateway.pid))
@@ -139,21 +139,24 @@ class Row:
 
 async def measure(fleet: Mesh, scale: float) -> list[Row]:
     rows = []
-    for unary, clients, count in ((True, 1, 1500), (True, 16, 6000), (False, 1, 8), (False, 16, 128)):
-        tokens = 1 if unary else TOKENS
-        model, direct = ("fast", fleet.fast) if unary else ("paced", fleet.paced)
-        mode = "unary" if unary else f"stream of {TOKENS}"
-        shape = {"tokens": tokens, "unary": unary, "clients": clients, "count": max(clients, int(count * scale))}
-        for name, front in (("direct gRPC", None), ("gateway gRPC", "grpc"), ("gateway REST", "http")):
-            before = cpu_s(fleet.gateway)
-            if front == "http":
-                run = await rest_load(fleet.http, model, **shape)
-            else:
-                run = await grpc_load(fleet.grpc if front else direct, model, **shape)
-            spent = (cpu_s(fleet.gateway) - before) if front else None
-            cpu = None if spent is None else spent / (len(run.latencies) if unary else run.events) * 1e6
-            rows.append(Row(f"{name}, {mode}", clients, run, cpu, "request" if unary else "token"))
-            print("  " + " | ".join(rows[-1].cells()), file=sys.stderr, flush=True)
+    cases = (
+        ("unary (an embedding)", Ask("wide", 0), fleet.wide, ((1, 1500), (16, 6000))),
+        ("chat, not streamed", Ask("fast", 1), fleet.fast, ((1, 1000), (16, 4000))),
+        (f"stream of {TOKENS}", Ask("paced", TOKENS, streamed=True), fleet.paced, ((1, 8), (16, 128))),
+    )
+    for mode, ask, direct, shapes in cases:
+        for clients, number in shapes:
+            count = max(clients, int(number * scale))
+            for name, front in (("direct gRPC", None), ("gateway gRPC", "grpc"), ("gateway REST", "http")):
+                before = cpu_s(fleet.gateway)
+                if front == "http":
+                    run = await rest_load(fleet.http, ask, clients=clients, count=count)
+                else:
+                    run = await grpc_load(fleet.grpc if front else direct, ask, clients=clients, count=count)
+                spent = (cpu_s(fleet.gateway) - before) if front else None
+                cpu = None if spent is None else spent / (run.events if ask.streamed else len(run.latencies)) * 1e6
+                rows.append(Row(f"{name}, {mode}", clients, run, cpu, "token" if ask.streamed else "request"))
+                print("  " + " | ".join(rows[-1].cells()), file=sys.stderr, flush=True)
     return rows
 
 
@@ -204,7 +207,8 @@ async def report(scale: float) -> str:
     head = ("path", "clients", "requests/s", "events/s", "p50 ms", "p99 ms", "gateway CPU")
     table = [head, tuple("---" for _ in head), *(row.cells() for row in rows)]
     p50 = {(row.name, row.clients): row.run.quantile_ms(0.5) for row in rows}
-    added = {front: p50[f"gateway {front}, unary", 1] - p50["direct gRPC, unary", 1] for front in ("gRPC", "REST")}
+    unary = "unary (an embedding)"
+    added = {front: p50[f"gateway {front}, {unary}", 1] - p50[f"direct gRPC, {unary}", 1] for front in ("gRPC", "REST")}
     cpus = os.cpu_count()
     lines = [
         f"Machine: {cpus} cores, {platform.machine()}, Linux {platform.release()}, Python {platform.python_version()}",

@@ -16,9 +16,12 @@ import grpc.aio
 import orjson
 
 from infermesh.transport import channel_options
+from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
 
 CHAT = "/infermesh.v1.LanguageModelService/Chat"
+EMBED = "/infermesh.v1.EmbeddingService/Embed"
+QUESTION = "How fast is this?"
 LIMIT_S = 60.0
 
 
@@ -37,12 +40,29 @@ class Run:
         return ordered[min(len(ordered) - 1, int(q * len(ordered)))] * 1000
 
 
-def chat_request(model: str, tokens: int, *, unary: bool) -> lm.ChatRequest:
-    request = lm.ChatRequest(model=model, messages=[lm.Message(role=lm.ROLE_USER, content="How fast is this?")])
-    request.sampling.max_tokens = tokens
-    if unary:
-        request.delivery.min_interval_ms = 250
-    return request
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """What a client asks for: an embedding of one text (`tokens` 0), or a chat of so many tokens, whole or streamed."""
+
+    model: str
+    tokens: int
+    streamed: bool = False
+
+    def grpc(self) -> bytes:
+        if not self.tokens:
+            return em.EmbedRequest(model=self.model, texts=[QUESTION]).SerializeToString()
+        request = lm.ChatRequest(model=self.model, messages=[lm.Message(role=lm.ROLE_USER, content=QUESTION)])
+        request.sampling.max_tokens = self.tokens
+        if not self.streamed:
+            request.delivery.min_interval_ms = 250
+        return request.SerializeToString()
+
+    def rest(self) -> tuple[str, bytes]:
+        if not self.tokens:
+            return "embeddings", orjson.dumps({"model": self.model, "input": QUESTION, "encoding_format": "base64"})
+        messages = [{"role": "user", "content": QUESTION}]
+        body = {"model": self.model, "messages": messages, "max_tokens": self.tokens, "stream": self.streamed}
+        return "chat/completions", orjson.dumps(body)
 
 
 async def closed_loop(one: Callable[[], Awaitable[int]], clients: int, count: int) -> Run:
@@ -65,12 +85,15 @@ async def closed_loop(one: Callable[[], Awaitable[int]], clients: int, count: in
     return run
 
 
-async def grpc_load(address: str, model: str, *, tokens: int, unary: bool, clients: int, count: int) -> Run:
-    body = chat_request(model, tokens, unary=unary).SerializeToString()
+async def grpc_load(address: str, ask: Ask, *, clients: int, count: int) -> Run:
+    body = ask.grpc()
     async with grpc.aio.insecure_channel(address, options=channel_options()) as channel:
-        chat = channel.unary_stream(CHAT)
+        chat, embed = channel.unary_stream(CHAT), channel.unary_unary(EMBED)
 
         async def one() -> int:
+            if not ask.tokens:
+                await embed(body)
+                return 1
             events = 0
             async for _ in chat(body):
                 events += 1
@@ -80,25 +103,18 @@ async def grpc_load(address: str, model: str, *, tokens: int, unary: bool, clien
         return await closed_loop(one, clients, count)
 
 
-async def rest_load(base: str, model: str, *, tokens: int, unary: bool, clients: int, count: int) -> Run:
-    body = orjson.dumps(
-        {
-            "model": model,
-            "messages": [{"role": "user", "content": "How fast is this?"}],
-            "max_tokens": tokens,
-            "stream": not unary,
-        }
-    )
+async def rest_load(base: str, ask: Ask, *, clients: int, count: int) -> Run:
+    path, body = ask.rest()
     headers = {"content-type": "application/json"}
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, trust_env=False) as session:
 
         async def one() -> int:
-            async with session.post(f"{base}/v1/chat/completions", data=body, headers=headers) as reply:
+            async with session.post(f"{base}/v1/{path}", data=body, headers=headers) as reply:
                 text = await reply.read()
                 if reply.status != 200:
                     raise RuntimeError(f"HTTP {reply.status}: {text[:200]!r}")
-                return text.count(b"data: {") if not unary else 1
+                return text.count(b"data: {") if ask.streamed else 1
 
         await one()
         return await closed_loop(one, clients, count)

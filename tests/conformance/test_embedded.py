@@ -20,9 +20,11 @@ from infermesh.v1 import registry_pb2 as pb
 from infermesh.v1 import registry_pb2_grpc as pb_grpc
 from registry.address import open_registry
 from registry.directory import Limits
+from registry.embedded_keep import Stay
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
 from registry.presence import Departure, Presence, present
+from tests.kit.mesh import until
 from tests.kit.registries import EmbeddedBackend, Watching, ids, instance
 
 
@@ -201,3 +203,36 @@ async def test_presence_leaves_early_once_and_undoes_a_refusal() -> None:
             await asyncio.sleep(0.3)
             assert not watching.last.entries
             assert said == [True, False, True, False]
+
+
+async def test_a_stream_that_the_other_side_cancels_is_opened_again() -> None:
+    """grpc raises CancelledError then, out of whatever was under way; it must not end the keeper for good."""
+
+    class Cancelled:
+        def __init__(self) -> None:
+            self.writes = 0
+
+        async def write(self, frame: object) -> None:
+            self.writes += 1
+            if self.writes > 1:
+                raise asyncio.CancelledError
+
+        async def read(self) -> object:
+            await asyncio.sleep(60)
+            return None
+
+        def cancel(self) -> None:
+            pass
+
+    class Stub:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def Register(self, metadata: object = None) -> Cancelled:
+            self.calls += 1
+            return Cancelled()
+
+    stub = Stub()
+    stay = Stay(stub, "infermesh", Endpoint("a", "llm", "127.0.0.1", 1, "m"), None)
+    await until(lambda: stub.calls > 1, 10)
+    await stay.end()

@@ -150,6 +150,7 @@ def em_vector(index: int, dimensions: int) -> inf.Vector:
 
 class ScriptedDirectory:
     stale = False
+    healthy = 1
 
     def models(self) -> list[ModelView]:
         return [

@@ -21,7 +21,7 @@ import yaml
 from infermesh.client import AsyncClient, Client, MeshError, Reason
 from tests.kit.children import ROOT
 from tests.kit.mesh import TestMesh, running_mesh, until
-from tests.kit.processes import KEY, Served, served_mesh
+from tests.kit.processes import KEY, Served
 
 FAST = ("--prefill-tps", "1e6", "--step-ms", "2")
 SLOW = ("--prefill-tps", "1e6", "--step-ms", "30")
@@ -153,7 +153,7 @@ async def test_a_frozen_gateway_is_left_within_seconds(tmp_path: Path) -> None:
             assert time.monotonic() - started < 4
             started = time.monotonic()
             await client.chat("x", model="chat", max_tokens=1)
-            assert time.monotonic() - started < 0.5, "the one that answered is remembered"
+            assert time.monotonic() - started < 1.5, "the one that answered is remembered"
 
 
 async def test_a_stream_that_breaks_is_not_begun_anew(tmp_path: Path) -> None:
@@ -215,12 +215,6 @@ async def test_the_sync_client(tmp_path: Path) -> None:
         process.kill()
         await process.wait()
         await asyncio.to_thread(all_of_it, first, mesh.address)
-
-
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> object:
-    with served_mesh(tmp_path_factory.mktemp("served")) as served:
-        yield served
 
 
 @pytest.mark.real

@@ -1,6 +1,7 @@
 """The embedding service as a process with two real MiniLM replicas."""
 
 import asyncio
+import os
 import time
 
 import grpc
@@ -223,6 +224,11 @@ async def test_what_cannot_be_served_is_refused_by_name(stub, name):
     assert (error.reason, error.param) == (reason, param)
 
 
+def test_replicas_are_of_their_services_session(service):
+    """Who kills the session of a service that was lost (`up`, before a restart) finds its replicas there."""
+    assert {os.getsid(replica.pid) for replica in service.replicas()} == {os.getsid(service.process.pid)}
+
+
 async def test_small_requests_share_batches(stub, service):
     before = service.load().steps
     requests = [em.EmbedRequest(model=MODEL, texts=[f"request {n}"]) for n in range(64)]
@@ -244,7 +250,7 @@ async def test_a_request_that_nobody_waits_for_is_not_computed(stub, service):
     assert (load.queued_tokens, load.waiting, load.running) == (0, 0, 0)
     began = time.monotonic()
     await stub.Embed(em.EmbedRequest(model=MODEL, texts=["still there?"]))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10  # computing all of it takes a minute
 
 
 async def test_a_query_does_not_wait_for_the_whole_of_a_large_request(stub):
@@ -254,8 +260,9 @@ async def test_a_query_does_not_wait_for_the_whole_of_a_large_request(stub):
     await stub.Embed(em.EmbedRequest(model=MODEL, texts=["a short question"]))
     took = time.monotonic() - began
     assert not large.done()
-    assert took < 2
+    began = time.monotonic()
     assert len((await large).vectors) == 300
+    assert took < 2 + (time.monotonic() - began) / 2, "it waited for most of the large one"
 
 
 async def test_a_killed_replica_loses_no_request(stub, service, expected):

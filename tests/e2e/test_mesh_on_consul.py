@@ -227,10 +227,7 @@ async def test_one_of_two_llms_is_killed(mesh: ConsulMesh, client: AsyncClient) 
             await asyncio.sleep(1)
             mesh.llm(name, SPEEDS[name])
     print(f"\none of two LLMs killed three times: {load}")
-    # A plain chat whose answer had begun inside is lost as well, until streams are resumed: the caller had no byte.
-    begun_inside = [one for one in load.failures if one.kind == "rest chat plain" and "stream_lost" in one.error]
-    print(f"of the failures, plain chats that had begun inside: {len(begun_inside)}")
-    assert len(begun_inside) == len(load.failures), load.failures
+    assert not load.failures
     await until(lambda: _whole(client), 20)
 
 

@@ -214,9 +214,9 @@ async def test_a_large_embedding_reply_never_holds_the_loop(form):
         async def beat() -> None:
             nonlocal longest
             while beating:
-                begun = time.perf_counter()
+                begun = time.thread_time()  # not the wall's: others share these cores
                 await asyncio.sleep(0)
-                longest = max(longest, time.perf_counter() - begun)
+                longest = max(longest, time.thread_time() - begun)
 
         body = {"model": "embed", "input": ["x"] * 2048, "encoding_format": form}
         async with connection(server) as client:
@@ -233,7 +233,7 @@ async def test_a_large_embedding_reply_never_holds_the_loop(form):
         assert len(data) == 2048
         if form == "float":
             assert len(data[2047]["embedding"]) == 1024
-        # Slack for the reading side, which shares this loop and these two cores; the writing side's piece is 0.3 ms.
+        # Slack for the reading side, which shares this loop; the writing side's piece is 0.3 ms.
         assert longest < 0.03, f"the loop was held for {longest * 1000:.1f} ms"
 
 
@@ -386,7 +386,9 @@ async def test_keys_decide_who_may_ask_what():
         assert server.forward.calls[0][2].caller.tenant == "acme"
         assert (await ask(server, "/v1/embeddings", {"model": "embed", "input": "a"}, **good)).status == 403
         listed = (await ask(server, "/v1/models", method="GET", **good)).json["data"]
-        assert [entry["id"] for entry in listed] == ["chat", "gpt"]
+        assert [entry["id"] for entry in listed] == ["chat"], "not its alias either, which the key may not ask for"
+        assert (await ask(server, "/v1/models/chat", method="GET", **good)).status == 200
+        assert (await ask(server, "/v1/models/gpt", method="GET", **good)).status == 404
 
 
 async def test_every_method_is_reached_with_its_own_message():

@@ -98,6 +98,32 @@ async def test_an_instance_dies(tmp_path):
         assert answer.headers["x-infermesh-instance-id"] != headers["x-infermesh-instance-id"]
 
 
+async def test_an_instance_dies_under_whole_answers(tmp_path):
+    """Their callers have had nothing yet: whatever was lost begins anew on the other one, and nobody notices."""
+    async with running_mesh(tmp_path, {"a": SLOW, "b": SLOW}, http="127.0.0.1:0") as mesh:
+        server: Any = rest(mesh)
+        prompts = {"model": "chat", "prompt": ["x", "y"], "max_tokens": 60}
+        asks = [ask(server, "/v1/chat/completions", CHAT | {"max_tokens": 60}) for _ in range(3)]
+        running = asyncio.gather(*asks, ask(server, "/v1/completions", prompts))
+        await asyncio.sleep(0.5)
+        victim = mesh.instances["a"]
+        assert await loads(mesh) > 0
+        victim.kill()
+        *chats, completion = await running
+        whole = "".join(f" w{number}" for number in range(60))
+        for answer in chats:
+            assert answer.status == 200 and answer.json["choices"][0]["message"]["content"] == whole
+            assert answer.json["usage"]["completion_tokens"] == 60
+        assert [choice["text"] for choice in completion.json["choices"]] == [whole, whole]
+        assert {answer.headers["x-infermesh-instance-id"] for answer in chats} == {"b"}
+        assert max(int(answer.headers["x-infermesh-attempts"]) for answer in chats) == 2
+
+        async def idle() -> bool:
+            return await loads(mesh) == 0
+
+        await until(idle, 2)
+
+
 async def test_metrics_and_readiness(tmp_path):
     async with running_mesh(tmp_path, {"a": FAST}, http="127.0.0.1:0") as mesh:
         server: Any = rest(mesh)

@@ -87,6 +87,23 @@ async def test_a_drain_is_told_once_to_every_gateway(bench):
     assert (await bench.stub.Describe(wk.DescribeRequest())).draining
 
 
+async def test_an_instance_says_goodbye_to_every_gateway(bench):
+    first, second = await link(bench), await link(bench, interval_ms=60_000)
+    bench.worker.announce_goodbye("stopped")
+    for call in (first, second):
+        frames = []
+        while (frame := await call.read()) is not grpc.aio.EOF:
+            frames.append(frame)
+        assert frames[-1].goodbye.why == "stopped" and len(frames) <= 2
+
+
+async def test_a_gateways_wish_for_few_frames_does_not_stop_the_heartbeat(bench):
+    call = await link(bench, interval_ms=60_000)
+    async with asyncio.timeout(30):
+        assert [(await call.read()).WhichOneof("frame") for _ in range(2)] == ["load", "load"]
+    call.cancel()
+
+
 async def test_goodbye_ends_the_link(bench):
     call = await link(bench)
     await call.write(wk.LinkRequest(goodbye=wk.GatewayGoodbye()))

@@ -28,3 +28,16 @@ async def test_waiting_for_idle_gives_up_in_time():
     arrivals = Arrivals()
     with arrivals.enter(None):
         assert not await arrivals.wait_idle(0.01)
+
+
+async def test_a_gateway_is_remembered_while_it_is_linked_or_has_something_running():
+    arrivals = Arrivals()
+    with arrivals.linked("a"), arrivals.linked("a"):
+        with arrivals.enter(Relay(gateway_id="a", seq=7)):
+            pass
+        assert arrivals.share("a").seen_seq == 7
+    assert arrivals.share("a").seen_seq == 0
+    for life in range(50):  # a gateway that restarts has another name each time
+        with arrivals.enter(Relay(gateway_id=f"a-{life}", seq=1)), arrivals.linked(f"a-{life}"):
+            pass
+    assert not arrivals._shares and not arrivals._links

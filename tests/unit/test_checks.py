@@ -6,6 +6,7 @@ from infermesh.errors import MeshError, Reason
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
+from infermesh.v1.inference_pb2 import Relay
 from services.chassis import checks
 
 
@@ -103,6 +104,13 @@ def test_bad_requests_of_the_other_methods(check, request_, param):
     with pytest.raises(MeshError) as caught:
         check(request_)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("at", [-1, 2**62])
+def test_a_relay_s_time_is_a_time(at):
+    with pytest.raises(MeshError) as caught:
+        checks.check_relay(Relay(rendered_at=at))
+    assert caught.value.param == "relay.rendered_at"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +13,7 @@ from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Usage
 from services.llm.delivery import Coalescer
 from services.llm.engine import Event, PromptFacts
+from services.llm.service import paced
 
 
 def _event(*deltas: lm.Delta, last: bool = False, first: bool = False) -> Event:
@@ -99,3 +104,39 @@ def test_whatever_the_timing_each_choice_gets_its_tokens_in_order_once(
             got.setdefault(delta.choice, []).extend(delta.token_ids)
     assert got == want
     assert sent[0] is not None and coalescer.due is None
+
+
+@pytest.mark.parametrize("interval", [0.0, 60.0])
+async def test_leaving_while_the_engine_says_nothing_closes_it_at_once(interval: float) -> None:
+    closed = asyncio.Event()
+
+    async def engine() -> AsyncIterator[Event]:
+        try:
+            yield _event(_delta(0, 1), first=True)
+            await asyncio.Event().wait()
+        finally:
+            closed.set()
+
+    stream = paced(engine(), interval)
+    assert (await anext(stream)).prompt is not None
+    waiting = asyncio.ensure_future(anext(stream))
+    await asyncio.sleep(0.01)
+    waiting.cancel()
+    await asyncio.wait_for(closed.wait(), 5)
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
+async def test_what_is_held_goes_out_on_time_and_a_fault_comes_through() -> None:
+    async def engine() -> AsyncIterator[Event]:
+        yield _event(_delta(0, 1), first=True)
+        yield _event(_delta(0, 2))
+        yield _event(_delta(0, 3))
+        await asyncio.sleep(0.3)
+        raise RuntimeError("broken")
+
+    got: list[list[int]] = []
+    with pytest.raises(RuntimeError, match="broken"):
+        async for event in paced(engine(), 0.02):
+            got.append(list(event.deltas[0].token_ids))
+    assert got == [[1], [2, 3]]

@@ -209,6 +209,24 @@ def test_the_weights_version_follows_the_files(tmp_path):
     assert before != after
     assert exports.weights_version(str(tmp_path), None) == after
     assert exports.weights_version("org/name", "0123456789abcdef0123") == "0123456789abcdef"
+    for name in ("config_sentence_transformers.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+        before, after = after, exports.weights_version(str(tmp_path), None)
+        assert before != after, f"{name} changes the vectors, and an export of the old one would stay"
+
+
+def test_a_model_folder_that_moved_is_not_exported_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(exports, "_missing", lambda name: "")
+    for place in ("here", "there"):
+        (tmp_path / place / "m").mkdir(parents=True)
+    plans = [
+        LoadPlan(purpose="embedding", source=str(tmp_path / place / "m"), export_dir=str(tmp_path / "exports"))
+        for place in ("here", "there")
+    ]
+    with pytest.raises(StartAgain):
+        exports.choose(plans[0], "v", "cpu", print, lambda kind: Model(1.0))
+    assert exports.choose(plans[1], "v", "cpu", print, lambda kind: Model(1.0))[0] == "openvino"
 
 
 def test_a_source_is_a_folder_a_hub_name_or_the_default(tmp_path):

@@ -1,7 +1,9 @@
 import grpc
+import grpc.aio
 import pytest
 
-from infermesh.errors import TABLE, MeshError, Reason, from_status, to_trailers
+from infermesh.errors import TABLE, MeshError, Reason, from_rpc, from_status, to_trailers
+from services.chassis.rpc import abort, details
 
 
 def test_every_reason_has_a_row():
@@ -44,3 +46,31 @@ def test_what_may_go_elsewhere_was_not_the_callers_fault():
         if row.elsewhere:
             assert row.http in (400, 429, 500, 503), reason
             assert reason is Reason.OUT_OF_RANGE or row.http != 400
+
+
+def test_a_path_with_unfit_characters_still_travels():
+    trailers = dict(to_trailers(MeshError(Reason.INVALID_ARGUMENT, "x", param="tools[0].\nname\x00é" + "x" * 999)))
+    assert trailers["x-infermesh-param"].startswith("tools[0].?name??x")
+    assert len(trailers["x-infermesh-param"]) == 256
+
+
+async def test_a_message_of_any_length_and_script_arrives():
+    async def refuse(request, context):
+        await abort(context, MeshError(Reason.UNSUPPORTED, "模型" * 3000, param="model"))
+
+    server = grpc.aio.server()
+    handler = grpc.unary_unary_rpc_method_handler(refuse)
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("s", {"m": handler}),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await channel.unary_unary("/s/m")(b"")
+    await server.stop(0)
+    error = from_rpc(caught.value)
+    assert (error.reason, error.param) == (Reason.UNSUPPORTED, "model")
+    assert error.message.startswith("模型模型") and len(error.message) > 400
+
+
+def test_plain_text_is_not_cut_short():
+    assert details("a" * 4096) == "a" * 4096 and len(details("a%" * 4096)) == 2048

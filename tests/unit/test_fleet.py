@@ -70,6 +70,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"instances": [{"id": "i", "model": "m", "engine": "scripted", "tp": 2}]},
         "instances[0].tp: engine scripted does not take it; it is for vllm",
     ),
+    "speed of another kind": (
+        {"instances": [{"id": "i", "model": "m", "speed": {"step_ms": 20, "fixed_ms": 5}}]},
+        "instances[0].speed.fixed_ms: is not a number of kind llm; it takes prefill_tps, ",
+    ),
     "context": ({"instances": [{"id": "i", "model": "m", "context": [9, 9]}]}, "0 <= min < max, not [9, 9]"),
     "card not there": (
         {
@@ -181,6 +185,11 @@ def test_what_waits_for_a_feature_is_refused_by_name() -> None:
     ]
 
 
+def test_every_registry_that_processes_take_may_stand_in_the_file() -> None:
+    for url in ("mesh://10.0.0.5:50049,10.0.0.6:50049", "consul://10.0.0.5:8500", "consuls://10.0.0.5:8501", ""):
+        assert fleet_of(registry=url).registry == url
+
+
 def test_numbers_in_an_environment_are_texts() -> None:
     fleet = fleet_of(instances=[{"id": "i", "model": "m", "environment": {"A": 1, "B": True, "C": "x"}}])
     assert fleet.instances[0].environment == {"A": "1", "B": "true", "C": "x"}
@@ -236,12 +245,15 @@ def test_every_command_is_understood_by_the_verb_that_it_calls() -> None:
     from infermesh.cli import embedding, gateway, llm, serve_rerank  # noqa: F401  they must import
     from infermesh.cli.verbs import load
 
-    made = [gateway_command(HOST, SHARED, grpc="127.0.0.1:0", http="127.0.0.1:0", ready_file=Path("r"))]
+    consul = {f"{name}-file": "f" for name in ("token", "ca", "cert", "key")} | {"prefix": "p"}
+    all_of_it = Shared("consul://h:1", "k.yaml", "o.key", True, 5, "debug", registry_options=consul)
+    made = [gateway_command(HOST, all_of_it, grpc="127.0.0.1:0", http="127.0.0.1:0", ready_file=Path("r"))]
     for path in EXAMPLES:
         fleet = parse_fleet(path.read_text())
-        made += [instance_command(fleet, item, HOST, SHARED, Path("run/i.json")) for item in fleet.instances]
+        made += [instance_command(fleet, item, HOST, all_of_it, Path("run/i.json")) for item in fleet.instances]
     for one in made:
         verb, words = one.argv[4], list(one.argv[5:])
+        assert options(one.argv)["--registry-token-file"] == "f" and options(one.argv)["--registry-prefix"] == "p"
         load(verb).make_context(verb, words)
 
 

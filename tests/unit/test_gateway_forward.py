@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -16,99 +13,16 @@ from infermesh.errors import MeshError, Reason
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import embedding_pb2_grpc as em_grpc
 from infermesh.v1 import language_model_pb2 as lm
-from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1 import worker_pb2_grpc
 from registry.port import Entry, Snapshot
 from services.chassis.keys import Keys
-from services.chassis.rpc import abort
+from services.gateway.config import Limits
 from services.gateway.front import rpc
 from services.gateway.front.embed_stream import EmbedStream
-from services.gateway.observe import Observe
-from services.gateway.routing.admission import Bounds
-from services.gateway.routing.router import Router
 from services.gateway.upstream.calls import Call, Caller, Method
-from services.gateway.upstream.carrier import Carrier
-from services.gateway.upstream.channels import Channels
-from services.gateway.upstream.directory import Directory
-from services.gateway.upstream.forward import Forwarder
-from tests.kit.fake_instance import FakeInstance, fake_instance, three_words
+from tests.kit.fake_instance import FakeInstance, fake_instance
 from tests.kit.mesh import until
-
-REQUEST_ID = "test-1"
-
-
-@dataclass
-class Upstream:
-    forwarder: Forwarder
-    carrier: Carrier
-    directory: Directory
-
-    def state(self, id: str) -> str:
-        instance = self.carrier.router.fleet.instances.get(id)
-        return instance.state.value if instance else "gone"
-
-    def nothing_left(self) -> bool:
-        fleet = self.carrier.router.fleet
-        ledgers = [instance.ledger for instance in fleet.instances.values()]
-        zero = all((x.entries, x.own_prompt, x.own_output, x.own_slots) == ({}, 0, 0, 0) for x in ledgers)
-        budget = self.forwarder.budget
-        return zero and not fleet.leaving and not self.carrier.router.waiting and budget.live == budget.retrying == 0
-
-    async def chat(self, deadline_s: float | None = None, caller: Caller = Caller()) -> tuple[str, Any]:  # noqa: B008
-        deadline = None if deadline_s is None else self.carrier.now() + deadline_s
-        async with self.forwarder.open(Method.CHAT, request(), Call(REQUEST_ID, caller, deadline)) as reply:
-            text = ""
-            async for event in reply:
-                assert event.message == lm.ChatResponse.FromString(event.raw)
-                text += "".join(delta.content for delta in event.message.deltas)
-            return text, reply.identity
-
-
-def request(max_tokens: int = 10) -> lm.ChatRequest:
-    message = lm.Message(role=lm.ROLE_USER, content="hello")
-    return lm.ChatRequest(model="m", messages=[message], sampling=lm.Sampling(max_tokens=max_tokens))
-
-
-@asynccontextmanager
-async def upstream(*instances: FakeInstance, bounds: Bounds | None = None) -> AsyncIterator[Upstream]:
-    clock = asyncio.get_running_loop().time
-    carrier = Carrier(Router(clock() - 60, bounds), Channels(), Observe(), clock)
-    directory = Directory(carrier, "gw-test")
-    forwarder = Forwarder(carrier, carrier._observe, "gw-test")
-    tasks = [asyncio.create_task(carrier.run()), asyncio.create_task(directory.run())]
-    made = Upstream(forwarder, carrier, directory)
-    directory.apply(Snapshot(tuple(Entry(instance.endpoint) for instance in instances)))
-    try:
-        await until(lambda: all(made.state(i.endpoint.id) == "healthy" for i in instances if not i.hello_id), 5)
-        yield made
-    finally:
-        for task in tasks:
-            task.cancel()
-        await directory.close()
-        await carrier.channels.close_all()
-
-
-def refusing(reason: Reason, message: str = "no", times: int = 1_000_000) -> Any:
-    left = [times]
-
-    async def chat(self: FakeInstance, request: Any, context: Any) -> None:
-        if left[0] > 0:
-            left[0] -= 1
-            await abort(context, MeshError(reason, message))
-        await three_words(self, request, context)
-
-    return chat
-
-
-async def silent(self: FakeInstance, request: Any, context: Any) -> None:
-    await asyncio.sleep(60)
-
-
-async def breaks_after_two(self: FakeInstance, request: Any, context: Any) -> None:
-    await self.begin(context)
-    for i in range(2):
-        await context.write(lm.ChatResponse(deltas=[lm.Delta(token_ids=[i], content=f" w{i}")]))
-    await abort(context, MeshError(Reason.ENGINE_FAILED, "the engine died"))
+from tests.kit.upstream import REQUEST_ID, breaks_after_two, refusing, request, silent, upstream
 
 
 async def test_the_instance_sees_what_a_gateway_adds() -> None:
@@ -227,19 +141,6 @@ async def test_somebody_else_at_the_address_is_not_believed() -> None:
         assert caught.value.reason is Reason.NO_INSTANCE
 
 
-async def test_link_frames_drain_and_goodbye() -> None:
-    async with fake_instance("a") as a, fake_instance("b") as b, upstream(a, b) as up:
-        await a.frames.put(wk.LinkResponse(load=wk.Load(running=3, waiting=1, kv_used_ratio=0.5)))
-        await until(lambda: up.directory.instances()[0].running == 3, 2)
-        view = up.directory.instances()[0]
-        assert (view.waiting, view.kv_used_ratio, view.in_flight) == (1, 0.5, 0)
-        await a.frames.put(wk.LinkResponse(draining=wk.Draining(grace_ms=100)))
-        await until(lambda: up.state("a") == "draining", 2)
-        await a.frames.put(wk.LinkResponse(goodbye=wk.WorkerGoodbye(why="done")))
-        await until(lambda: up.state("a") == "gone", 2)
-        assert (await up.chat())[1].instance_id == "b"
-
-
 async def test_a_re_sync_keeps_channel_and_link() -> None:
     async with fake_instance("a") as a, upstream(a) as up:
         line = up.carrier.channels.open(a.endpoint)
@@ -319,3 +220,55 @@ async def test_metrics_count_what_happened() -> None:
         assert 'infermesh_gateway_ttft_seconds_count{instance="a",method="chat",model="m"} 1.0' in text
         assert 'infermesh_gateway_tokens_total{model="m",type="completion"} 3.0' in text
         assert "infermesh_gateway_in_flight 0.0" in text
+
+
+async def test_a_tenants_quota_pays_for_what_was_used() -> None:
+    acme = Caller(tenant="acme", tokens_per_minute=1_000_000)
+    async with fake_instance("a") as a, upstream(a) as up:
+
+        def spent() -> float:
+            return 1_000_000 - up.forwarder.quota._buckets["acme"].tokens
+
+        await up.chat(caller=acme)
+        assert spent() == 8, "the usage, not the estimate of prompt and answer"
+        a.chat = refusing(Reason.INVALID_ARGUMENT)
+        with pytest.raises(MeshError):
+            await up.chat(caller=acme)
+        assert spent() <= 8, "a refusal is free"
+        a.chat = silent
+        task = asyncio.create_task(up.chat(caller=acme))
+        await until(lambda: len(a.requests) == 3, 5)
+        assert spent() > 8, "reserved while it runs"
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        assert spent() <= 8, "nothing came"
+
+
+async def test_a_gateway_takes_so_many_requests_at_once() -> None:
+    async with fake_instance("a", silent) as a, upstream(a) as up:
+        up.forwarder.limits = Limits(max_concurrent=2)
+        held = [asyncio.create_task(up.chat()) for _ in range(2)]
+        await until(lambda: len(a.requests) == 2, 5)
+        with pytest.raises(MeshError) as caught:
+            await up.chat()
+        assert caught.value.reason is Reason.QUEUE_FULL and caught.value.retry_after_s
+        for task in held:
+            task.cancel()
+        await asyncio.gather(*held, return_exceptions=True)
+        assert up.nothing_left()
+
+
+async def test_the_exact_count_of_an_instance_decides_the_next_pick(monkeypatch: pytest.MonkeyPatch) -> None:
+    refused = refusing(Reason.OUT_OF_RANGE, "the prompt has 5000 tokens, at most 4096 are served here")
+    async with fake_instance("a", refused) as a, fake_instance("b", refused) as b, upstream(a, b) as up:
+        router, seen = up.carrier.router, []
+        pick = router.pick
+        monkeypatch.setattr(router, "pick", lambda facts, now, draw: seen.append(facts) or pick(facts, now, draw))
+        with pytest.raises(MeshError) as caught:
+            await up.chat()
+        assert caught.value.reason is Reason.CONTEXT_LENGTH_EXCEEDED and "5000" in caught.value.message
+        assert [(f.counted, f.prompt_tokens, len(f.excluded)) for f in seen] == [
+            (False, 0, 0),
+            (True, 5000, 1),
+            (True, 5000, 2),
+        ]

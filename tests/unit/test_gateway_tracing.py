@@ -16,7 +16,7 @@ from services.gateway.observe import Observe
 from services.gateway.tracing import Tracing
 from services.gateway.upstream.calls import Call, Method
 from tests.kit.fake_instance import FakeInstance, fake_instance, three_words
-from tests.unit.test_gateway_forward import upstream
+from tests.kit.upstream import upstream
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 

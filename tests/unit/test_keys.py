@@ -47,6 +47,17 @@ def test_an_open_process_asks_nobody():
     Keys().operator(None)
 
 
+def test_a_key_stands_there_once(tmp_path):
+    path = tmp_path / "keys.yaml"
+    key = digest("a")
+    path.write_text(f"version: 1\nkeys:\n  - {{sha256: {key}, tenant: a}}\n  - {{sha256: {key}, tenant: b}}\n")
+    with pytest.raises(ValueError, match=r"keys\.1 is the same key as keys\.0"):
+        load_keys(path)
+    path.write_bytes(b"version: \xff")
+    with pytest.raises(ValueError, match=r"keys\.yaml: not YAML"):
+        load_keys(path)
+
+
 def test_every_fault_of_the_file_is_told_at_once(tmp_path):
     path = tmp_path / "keys.yaml"
     path.write_text("version: 1\nkeys:\n  - {sha256: abc, tenant: a}\n  - {sha256: def, tenant: b, colour: red}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import http.server
 import json
 import os
@@ -73,7 +72,8 @@ def test_two_greedy_instances_on_several_gpus_are_not_guessed() -> None:
 class Server(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         known = self.headers.get("authorization") == "Bearer sk-1"
-        body = json.dumps({"data": [{"id": "qwen"}, {"id": "/models/llama-3/"}]} if known else {"error": "x"}).encode()
+        models = [{"id": "qwen"}, {"id": "bge", "kind": "embedding"}, {"id": "/models/llama-3/"}]
+        body = json.dumps({"data": models} if known else {"error": "x"}).encode()
         self.send_response((200 if known else 401) if self.path == "/v1/models" else 404)
         self.end_headers()
         self.wfile.write(body)
@@ -219,6 +219,8 @@ def test_a_taken_address_is_seen() -> None:
         taken.listen()
         assert "in use" in bind_fault(f"127.0.0.1:{taken.getsockname()[1]}")
     assert bind_fault("127.0.0.1:0") == "" and bind_fault("203.0.113.7:0") != ""
+    for address in ("8000", "localhost", "127.0.0.1:", "127.0.0.1:http", "127.0.0.1:65536", ""):
+        assert "HOST:PORT" in bind_fault(address)
 
 
 def test_the_hub_probe_is_bounded_and_obeys(monkeypatch: pytest.MonkeyPatch, server: str) -> None:
@@ -241,50 +243,3 @@ def test_a_clock_that_is_off_is_told() -> None:
     assert examine._clock("").level == "ok" and "nobody to compare" in examine._clock("").what
     assert examine._clock("Thu, 01 Jan 2015 00:00:00 GMT").level == "warn"
     assert examine._clock("yesterday").level == "ok"
-
-
-async def test_supervisor_restarts_sweeps_and_stops(tmp_path: Path) -> None:
-    """The shell around the state machine, with real processes that are no services."""
-    from deploy.launch.supervise import Policy, State
-    from deploy.launch.supervisor import Program, Running, Supervisor
-
-    ready = tmp_path / "a.json"
-    script = (
-        "import json, os, subprocess, time; subprocess.Popen(['sleep', '100'])\n"
-        f"open({str(ready)!r}, 'w').write(json.dumps({{'pid': os.getpid(), 'address': 'x:1'}})); time.sleep(100)"
-    )
-    argv = (sys.executable, "-c", script)
-    program = Program("a", "llm", argv, os.environ, tmp_path / "a.log", ready)
-    seen: list[State] = []
-
-    def changed(running: Running) -> None:
-        seen.append(running.child.state)
-
-    supervisor = Supervisor([program], Policy(first_s=0.1, grace_s=5), changed)
-    await supervisor.start()
-    running = supervisor.children["a"]
-
-    async def until(state: State, restarts: int = 0) -> None:
-        async with asyncio.timeout(20):
-            while running.child.state is not state or running.child.restarts != restarts:
-                await supervisor.look()
-                await asyncio.sleep(0.02)
-
-    await until(State.READY)
-    first = running.pid
-    assert running.address == "x:1" and len(sessions.members(first)) == 2
-    os.kill(first, signal.SIGKILL)
-    await until(State.READY, restarts=1)
-    assert running.pid != first and sessions.members(first) == []
-    last = running.pid
-    await supervisor.stop(asyncio.Event())
-    assert sessions.members(last) == [] and running.child.state is State.STOPPED
-    assert seen == [
-        State.STARTING,
-        State.READY,
-        State.BACKOFF,
-        State.STARTING,
-        State.READY,
-        State.STOPPING,
-        State.STOPPED,
-    ]

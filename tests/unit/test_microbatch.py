@@ -32,7 +32,7 @@ def test_nothing_is_lost_doubled_or_mixed_and_the_budget_holds(requests, free, l
     batcher = MicroBatcher(limits)
     wanted = set()
     for owner, (lengths, bulk, priority, group) in enumerate(requests):
-        batcher.offer(owner, lengths, now=owner * 0.001, bulk=bulk, priority=priority, group=group)
+        batcher.offer(owner, lengths, now=owner * 0.001, bulk=bulk, priority=priority, groups=[group] * len(lengths))
         if owner not in leavers:
             wanted |= {(owner, place) for place in range(len(lengths))}
     assert len(batcher) == sum(len(lengths) for lengths, *_ in requests)
@@ -55,7 +55,7 @@ def test_nothing_is_lost_doubled_or_mixed_and_the_budget_holds(requests, free, l
 def test_the_one_that_waited_longest_is_always_in_the_next_batch(requests):
     batcher = MicroBatcher(Limits(batch_tokens=256, queue_tokens=1 << 20))
     for owner, (lengths, bulk, priority, group) in enumerate(requests):
-        batcher.offer(owner, lengths, now=0.0, bulk=bulk, priority=priority, group=group)
+        batcher.offer(owner, lengths, now=0.0, bulk=bulk, priority=priority, groups=[group] * len(lengths))
     while len(batcher):
         head = batcher._queue[0]
         batch = batcher.take(0.0, 1, 0)

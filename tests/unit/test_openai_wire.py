@@ -9,7 +9,7 @@ import pytest
 from infermesh.errors import MeshError, Reason
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Delivery, Relay, Resume, TokenIds
-from services.llm.engines.openai_family import OLLAMA, OPENAI, SGLANG, VLLM, at_least
+from services.llm.engines.openai_family import INFERMESH, LLAMA_CPP, OLLAMA, OPENAI, SGLANG, VLLM, at_least
 from services.llm.engines.openai_reply import SseLines, error_of
 from services.llm.engines.openai_wire import Upstream, chat_body, complete_body
 
@@ -86,6 +86,13 @@ def test_constraints_are_put_as_each_family_takes_them(
     assert chat_body(chat(constraint=constraint), upstream)[field] == value
 
 
+def test_an_answer_longer_than_the_context_is_asked_for_as_long_as_it_may_be() -> None:
+    """`max_tokens` is an upper bound, which such servers take for a demand."""
+    request = chat(sampling=lm.Sampling(max_tokens=1 << 31))
+    assert chat_body(request, Upstream(VLLM, "m", context=4096))["max_tokens"] == 4095
+    assert chat_body(request, Upstream(OPENAI, "m"))["max_tokens"] == 1 << 31
+
+
 def test_every_field_of_sampling_is_either_sent_or_refused() -> None:
     values = {
         "stop": ["x"],
@@ -97,7 +104,7 @@ def test_every_field_of_sampling_is_either_sent_or_refused() -> None:
     }
     for name in lm.Sampling.DESCRIPTOR.fields_by_name:
         request = chat(sampling=lm.Sampling(**{name: values.get(name, 1)}))
-        for family in (OPENAI, VLLM, SGLANG, OLLAMA):
+        for family in (OPENAI, VLLM, SGLANG, LLAMA_CPP, OLLAMA, INFERMESH):
             try:
                 body = chat_body(request, _up(family))
             except MeshError as error:

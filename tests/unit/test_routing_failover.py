@@ -22,13 +22,19 @@ def test_never_after_the_first_event(reason: Reason) -> None:
 
 
 def test_attempts_deadline_and_budget_bound_it() -> None:
+    failed = Reason.ENGINE_FAILED
+    assert next(failed, Progress(2, 0, 10), Budget(live=1)) is Next.OTHER
+    assert next(failed, Progress(3, 0, 10), Budget(live=1)) is Next.STOP
+    assert next(failed, Progress(1, 0, 0.001), Budget(live=1)) is Next.STOP
+    assert next(failed, FRESH, Budget(live=1, retrying=3)) is Next.STOP
+    assert next(failed, FRESH, Budget(live=100, retrying=19)) is Next.OTHER
+    assert next(failed, FRESH, Budget(live=100, retrying=20)) is Next.STOP
+
+
+def test_a_death_spends_attempts_but_no_budget() -> None:
     lost = Reason.INSTANCE_LOST
-    assert next(lost, Progress(2, 0, 10), Budget(live=1)) is Next.OTHER
-    assert next(lost, Progress(3, 0, 10), Budget(live=1)) is Next.STOP
-    assert next(lost, Progress(1, 0, 0.001), Budget(live=1)) is Next.STOP
-    assert next(lost, FRESH, Budget(live=1, retrying=3)) is Next.STOP
-    assert next(lost, FRESH, Budget(live=100, retrying=19)) is Next.OTHER
-    assert next(lost, FRESH, Budget(live=100, retrying=20)) is Next.STOP
+    assert next(lost, FRESH, Budget(live=1, retrying=100)) is Next.OTHER
+    assert next(lost, Progress(3, 0, 10), Budget(live=100)) is Next.STOP
 
 
 def test_a_refusal_before_dispatch_costs_no_budget() -> None:

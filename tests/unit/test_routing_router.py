@@ -5,40 +5,13 @@ from __future__ import annotations
 import pytest
 
 from infermesh.errors import Reason
-from registry.endpoint import Capacity, Endpoint, Speed
+from registry.endpoint import Capacity, Speed
 from services.gateway.routing import cost
 from services.gateway.routing.admission import Bounds
-from services.gateway.routing.decision import Close, Dispatch, Eject, Probe, Refuse, Wait
-from services.gateway.routing.facts import End, Facts, LoadReport, Member, Outcome
+from services.gateway.routing.decision import Dispatch, Refuse, Wait
+from services.gateway.routing.facts import End, LoadReport, Member, Outcome
 from services.gateway.routing.router import Router
-
-OLD = 100.0  # a moment at which the gateway is no longer young
-DONE = Outcome(End.DONE)
-
-
-def endpoint(id: str, *, tps: float = 1000, step: float = 20, running: int = 0, **more: object) -> Endpoint:
-    given = {"kind": "llm", "host": "127.0.0.1", "port": 9, "model": "m", "incarnation": 1, **more}
-    given.setdefault("speed", Speed(prefill_tps=tps, step_ms=step))
-    given.setdefault("capacity", Capacity(max_running=running))
-    return Endpoint(id=id, **given)  # type: ignore[arg-type]
-
-
-def router(*endpoints: Endpoint, bounds: Bounds | None = None, weights: dict[str, float] | None = None) -> Router:
-    made = Router(0.0, bounds, weights)
-    made.update([Member(e) for e in endpoints], 0.0)
-    for e in endpoints:
-        made.linked(e.id, e.incarnation, 0.0)
-    return made
-
-
-def facts(**given: object) -> Facts:
-    return Facts(**{"kind": "llm", "model": "m", "prompt_tokens": 100, "max_tokens": 50, "since": OLD, **given})  # type: ignore[arg-type]
-
-
-def pick(r: Router, now: float = OLD, draw: float = 0.0, **given: object) -> Dispatch:
-    decision = r.pick(facts(**given), now, draw)
-    assert isinstance(decision, Dispatch), decision
-    return decision
+from tests.kit.routing import DONE, OLD, endpoint, facts, pick, router
 
 
 def burst(r: Router, count: int, **given: object) -> dict[str, int]:
@@ -284,97 +257,6 @@ def test_context_ranges() -> None:
     assert over.lease.instance_id == "wide"
 
 
-def test_suspects_serve_only_when_nobody_is_healthy() -> None:
-    r = router(endpoint("a"), endpoint("b"))
-    r.update([Member(endpoint("a"), passing=False), Member(endpoint("b"))], OLD)
-    assert {pick(r).lease.instance_id for _ in range(3)} == {"b"}
-    r.unlinked("b", 1, "broken", OLD)
-    assert pick(r).lease.instance_id == "a"
-
-
-def test_a_lost_call_makes_suspect_and_asks_for_a_probe() -> None:
-    r = router(endpoint("a"), endpoint("b"))
-    lease = pick(r).lease
-    effects = r.release(lease, Outcome(End.LOST, Reason.INSTANCE_LOST), OLD)
-    assert effects == [Probe("a")]
-    assert pick(r).lease.instance_id == "b"
-    r.probed("a", 1, True, OLD)
-    assert r.fleet.instances["a"].state.value == "healthy"
-    r.probed("a", 1, False, OLD)
-    assert r.fleet.instances["a"].state.value == "lost"
-
-
-def test_killed_and_unregistered_is_gone_and_its_channel_closes_after_the_last_lease() -> None:
-    r = router(endpoint("a"), endpoint("b"))
-    lease = pick(r).lease
-    assert lease.instance_id == "a"
-    r.update([Member(endpoint("a"), passing=False), Member(endpoint("b"))], OLD)
-    assert "a" in r.fleet.instances  # the registry alone does not remove it while its Link stands
-    assert r.unlinked("a", 1, "reset", OLD) == [Eject("a", "reset")]
-    assert "a" not in r.fleet.instances
-    assert r.release(lease, Outcome(End.LOST, Reason.INSTANCE_LOST), OLD)[-1] == Close("a", 1)
-
-
-def test_a_wiped_registry_keeps_linked_instances_for_a_while() -> None:
-    r = router(endpoint("a"))
-    r.update([], OLD)
-    assert pick(r).lease.instance_id == "a"
-    assert r.fleet.instances["a"].state.value == "suspect"
-    r.update([Member(endpoint("a"))], OLD + 5)
-    assert r.fleet.instances["a"].state.value == "healthy"
-    r.update([], OLD + 10)
-    r.tick(OLD + 41)
-    assert r.fleet.instances == {}
-
-
-def test_a_stale_directory_removes_nobody() -> None:
-    r = router(endpoint("a"))
-    r.update([], OLD, stale=True)
-    assert r.fleet.instances["a"].state.value == "healthy"
-
-
-def test_re_sync_keeps_the_ledger_and_a_new_life_resets_it() -> None:
-    r = router(endpoint("a"))
-    lease = pick(r).lease
-    r.update([Member(endpoint("a", weight=2.0))], OLD)
-    kept = r.fleet.instances["a"]
-    assert list(kept.ledger.entries) == [lease.seq] and kept.rates.weight == 2.0
-    effects = r.update([Member(endpoint("a", incarnation=2))], OLD)
-    assert [type(e) for e in effects] == [Eject]  # its lease is still out
-    assert r.fleet.instances["a"].ledger.entries == {}
-    assert r.release(lease, DONE, OLD) == [Close("a", 1)]
-    assert r.fleet.instances["a"].ledger.own_prompt == 0
-
-
-def test_draining_and_goodbye() -> None:
-    r = router(endpoint("a"), endpoint("b"))
-    assert r.draining("a", 1, OLD) == [Eject("a", "draining")]
-    assert {pick(r).lease.instance_id for _ in range(3)} == {"b"}
-    r.goodbye("a", 1, OLD)
-    assert set(r.fleet.instances) == {"b"}
-
-
-def test_full_refusal_pauses_an_instance_and_the_tick_resumes_it() -> None:
-    r = router(endpoint("a"))
-    lease = pick(r).lease
-    r.release(lease, Outcome(End.REFUSED, Reason.INSTANCE_FULL), OLD)
-    again = r.pick(facts(), OLD)
-    assert isinstance(again, Wait)
-    assert r.tick(OLD + 0.05) == []
-    (effect,) = r.tick(OLD + 0.11)
-    assert isinstance(effect, Dispatch)
-
-
-def test_losing_every_instance_refuses_those_who_wait() -> None:
-    r = router(endpoint("a", running=1))
-    pick(r)
-    waiting = r.pick(facts(), OLD)
-    assert isinstance(waiting, Wait)
-    effects = r.unlinked("a", 1, "reset", OLD)
-    assert [type(e) for e in effects] == [Eject, Refuse]
-    assert effects[1].ticket == waiting.ticket and effects[1].reason is Reason.NO_INSTANCE  # type: ignore[union-attr]
-
-
 def test_prompt_tokens_are_learned_from_usage() -> None:
     r = router(endpoint("a"))
     given = facts(prompt_tokens=0, prompt_bytes=1000)
@@ -385,3 +267,29 @@ def test_prompt_tokens_are_learned_from_usage() -> None:
         r.release(d.lease, Outcome(End.DONE, None, 500, 20), OLD)
     assert abs(r.estimate(given)[0] - 500) <= 5
     assert abs(r.estimate(facts(max_tokens=0))[1] - 20) <= 2
+
+
+def test_those_who_can_go_nowhere_do_not_hide_those_who_can() -> None:
+    """Two hundred long prompts wait for the one instance that takes them; the small one is not idle meanwhile."""
+    long, short = Capacity(context_max=100_000, max_running=1), Capacity(context_max=1000, max_running=1)
+    r = router(endpoint("big", capacity=long), endpoint("small", capacity=short))
+    pick(r, prompt_tokens=20_000, counted=True)
+    held = pick(r, counted=True).lease
+    assert held.instance_id == "small"
+    for _ in range(200):
+        assert isinstance(r.pick(facts(prompt_tokens=20_000, counted=True), OLD), Wait)
+    waiting = r.pick(facts(counted=True), OLD)
+    assert isinstance(waiting, Wait)
+    effects = r.release(held, DONE, OLD + 1)
+    for step in range(10):
+        effects += r.tick(OLD + 1 + step / 20)
+    assert [(e.ticket, e.lease.instance_id) for e in effects] == [(waiting.ticket, "small")]  # type: ignore[union-attr]
+    assert r.waiting == 200
+
+
+def test_room_goes_to_those_who_asked_by_an_alias_too() -> None:
+    r = router(endpoint("a", running=1, aliases=("gpt",)))
+    held = pick(r, model="gpt").lease
+    waiting = r.pick(facts(model="gpt"), OLD)
+    assert isinstance(waiting, Wait)
+    assert [e.ticket for e in r.release(held, DONE, OLD + 1)] == [waiting.ticket]  # type: ignore[union-attr]

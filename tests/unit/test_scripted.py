@@ -245,7 +245,7 @@ async def test_the_speed_is_that_of_the_model() -> None:
         began = time.perf_counter()
         await collect(scripted.complete(complete("a" + " b" * 999, max_tokens=11)))
         took = time.perf_counter() - began
-        assert 0.19 < took < 0.6  # ten steps of 10 ms + 10 ms a resident kilotoken
+        assert 0.19 < took < 1.5  # ten steps of 10 ms + 10 ms a resident kilotoken
 
 
 def test_prefill_grows_with_the_context() -> None:

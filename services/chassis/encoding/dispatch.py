@@ -80,10 +80,8 @@ class Dispatcher:
         loop = asyncio.get_running_loop()
         key = next(self._ids)
         pace = self.tokens_per_s * max(1, len(self._pool.live))
-        lengths = [len(row) for row in rows]
-        self.batcher.offer(
-            key, lengths, loop.time(), bulk=bulk, priority=priority, group=rows[0].skip, tokens_per_s=pace
-        )
+        lengths, groups = [len(row) for row in rows], [row.skip for row in rows]
+        self.batcher.offer(key, lengths, loop.time(), bulk=bulk, priority=priority, groups=groups, tokens_per_s=pace)
         owner = Owner(rows, loop.create_future(), started, missing=len(rows))
         self._owners[key] = owner
         # In the next round of the loop, so that requests that arrived together are seen together.
@@ -92,7 +90,8 @@ class Dispatcher:
             return await owner.result
         finally:
             del self._owners[key]
-            self.batcher.drop(key)
+            if owner.missing:  # else none of its rows is queued, and a long queue need not be searched
+                self.batcher.drop(key)
             self._tell()
 
     async def change(self) -> None:

@@ -22,7 +22,8 @@ from services.chassis.encoding.settings import EncodingSettings, cores
 from services.chassis.encoding.speed import measure
 from services.chassis.encoding.tokens import TextTokenizer
 
-INLINE_CHARACTERS = 2000  # texts shorter than this in sum are tokenised on the loop: well under a millisecond
+INLINE_CHARACTERS = 2000  # texts shorter than this in sum are tokenised on the loop: about a millisecond
+CHARACTERS_PER_TEXT = 16  # what a text costs beside its length, in characters
 BATCH_S = 0.1  # what a batch should take: online work waits for no longer than that behind bulk work
 LEAST_BATCH, MOST_BATCH = 1024, 16384  # padded tokens
 MAX_RUNNING = 256
@@ -100,7 +101,7 @@ class EncodingEngine:
 
     async def tokenize(self, texts: Sequence[str]) -> list[Ids]:
         """Ids without special tokens; long texts beside the loop."""
-        if sum(map(len, texts)) < INLINE_CHARACTERS:
+        if sum(map(len, texts)) + CHARACTERS_PER_TEXT * len(texts) < INLINE_CHARACTERS:
             return self.tokenizer.encode(texts)
         return await self.beside(lambda: self.tokenizer.encode(texts))
 

@@ -34,10 +34,8 @@ WEIGHTS = (
     "*.bin",
     "*.xml",
     "*.onnx",
-    "config.json",
-    "*/config.json",
-    "modules.json",
-    "tokenizer.json",
+    "*.json",  # prompts, lengths and pooling among them
+    "*/*.json",
 )
 
 
@@ -108,7 +106,7 @@ def _exported(
     note = folder / "difference.json"
     if not note.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
+        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # one replica exports, the others wait for it
             if not note.exists():
                 progress(f"exporting {plan.source} for {backend}, once; kept in {folder}")
@@ -145,8 +143,11 @@ def _root(plan: LoadPlan) -> Path:
 
 
 def _key(plan: LoadPlan, version: str, backend: str) -> str:
-    """Another model, another revision or another version of the exporters is another export."""
-    parts = [plan.purpose, backend, plan.source, plan.revision, version]
+    """Another model, another revision or another version of the exporters is another export; the same folder at
+    another place is not.
+    """
+    place = "" if Path(plan.source).is_dir() else plan.source
+    parts = [plan.purpose, backend, place, plan.revision, version]
     parts += [_version(name) for name in ("sentence-transformers", "transformers", "torch", "optimum", "optimum-intel")]
     parts += [_version("openvino" if backend == "openvino" else "onnxruntime")]
     return f"{Path(plan.source).name}-{backend}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"

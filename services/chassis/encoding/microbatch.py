@@ -95,10 +95,11 @@ class MicroBatcher:
         *,
         bulk: bool = False,
         priority: int = 0,
-        group: int = 0,
+        groups: Sequence[int] = (),
         tokens_per_s: float = 0.0,
     ) -> None:
-        """Queues the rows of a request, all or none. `tokens_per_s` is the pace at which the queue empties.
+        """Queues the rows of a request, all or none. `groups`: of each row, none = all 0; `tokens_per_s`: the pace at
+        which the queue empties.
 
         Raises:
             MeshError: INSTANCE_FULL, with the time after which there will be room. An empty queue takes any request.
@@ -118,7 +119,7 @@ class MicroBatcher:
             )
         order = now + (BULK_DELAY_S if bulk else 0.0) - PRIORITY_STEP_S * priority
         fresh = []
-        for index, length in enumerate(lengths):
+        for index, (length, group) in enumerate(zip(lengths, groups or [0] * len(lengths), strict=True)):
             self._serial += 1
             fresh.append(Item(order, self._serial, owner, index, length, now, bulk, group))
             order += SPREAD_S_PER_TOKEN * length

@@ -216,8 +216,7 @@ class ReplicaPool:
                 *(sys.executable, "-P", "-m", "services.chassis.encoding.replica", str(theirs.fileno())),
                 pass_fds=(theirs.fileno(),),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=2,
-                start_new_session=True,
+                stdout=2,  # and in its service's session, so that whoever sweeps that up finds it
                 env=os.environ | QUIET | {"OMP_NUM_THREADS": str(plan.threads)},
             )
         ours.setblocking(False)

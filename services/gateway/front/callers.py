@@ -9,6 +9,8 @@ from services.chassis.keys import Keys
 from services.gateway.upstream.calls import Caller
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
+_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
+_TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 TRUSTED = Caller(operator=True)
 
 
@@ -28,6 +30,16 @@ def caller(keys: Keys, authorization: str | None) -> Caller:
         operator=key.role == "operator",
         tokens_per_minute=key.tokens_per_minute,
     )
+
+
+def trace_context(parent: str | None, state: str | None) -> dict[str, str]:
+    """A W3C trace context that may travel on; empty for what is none. Callers choose these headers, and an instance
+    refuses a call whose headers are too large."""
+    if not parent or not _TRACEPARENT.fullmatch(parent):
+        return {}
+    if not state or not _TRACESTATE.fullmatch(state):
+        return {"traceparent": parent}
+    return {"traceparent": parent, "tracestate": state}
 
 
 def request_id(given: str | None) -> str:

@@ -25,7 +25,7 @@ class EmbedStream:
     async def __call__(self, requests: Any, context: Context) -> None:
         tasks: set[asyncio.Task[Any]] = set()
         try:
-            await self._run(self._door.call(context), context, tasks)
+            await self._run(self._door.call("embed_stream", context), context, tasks)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:

@@ -32,19 +32,19 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
 
     @unary
     async def ListInstances(self, request: ms.ListInstancesRequest, context: Context) -> ms.ListInstancesResponse:
-        self._who(context)
-        found = self._instances(request.kind, request.model)
+        models = self._models(context)
+        found = self._instances(models, request.kind, request.model)
         return ms.ListInstancesResponse(instances=found, registry_stale=self._directory.stale)
 
     @stream
     async def WatchInstances(
         self, request: ms.WatchInstancesRequest, context: Context
     ) -> AsyncIterator[ms.WatchInstancesResponse]:
-        self._who(context)
+        models = self._models(context)
         while True:
             changed = asyncio.ensure_future(self._directory.changed())
             try:
-                found = self._instances(request.kind, "")
+                found = self._instances(models, request.kind, "")
                 yield ms.WatchInstancesResponse(instances=found, registry_stale=self._directory.stale)
                 await changed
             finally:
@@ -53,9 +53,11 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
 
     @unary
     async def Explain(self, request: ms.ExplainRequest, context: Context) -> ms.ExplainResponse:
-        self._who(context)
+        models = self._models(context)
         if request.request_id:
             raise unsupported("request_id", "past requests are not kept; describe one by kind and model")
+        if models and request.model not in models:
+            raise MeshError(Reason.PERMISSION_DENIED, f"this API key is not for the model {request.model!r}")
         facts = Facts(
             kind=request.kind or "llm",
             model=request.model,
@@ -81,14 +83,18 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
     async def Report(self, request: ms.ReportRequest, context: Context) -> ms.ReportResponse:
         raise MeshError(Reason.UNIMPLEMENTED, "MeshService.Report (direct mode) is not served by this version")
 
-    def _who(self, context: Context) -> None:
-        self._keys.who(metadata_value(context, "authorization"))
+    def _models(self, context: Context) -> frozenset[str]:
+        """The models of the caller's key; empty = all."""
+        key = self._keys.who(metadata_value(context, "authorization"))
+        return frozenset(key.models if key is not None else ())
 
-    def _instances(self, kind: str, model: str) -> list[ms.Instance]:
+    def _instances(self, models: frozenset[str], kind: str, model: str) -> list[ms.Instance]:
         return [
             instance_message(view)
             for view in self._directory.instances()
-            if (not kind or view.kind == kind) and (not model or view.model == model)
+            if (not kind or view.kind == kind)
+            and (not model or view.model == model)
+            and (not models or not models.isdisjoint((view.model, *view.aliases)))
         ]
 
 

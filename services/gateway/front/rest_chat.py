@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -127,7 +128,7 @@ async def _stream(exchange: Exchange, request: lm.ChatRequest, call: Call, optio
 async def _collect(exchange: Exchange, request: lm.ChatRequest, call: Call, options: ChatOptions) -> None:
     collected = ChatCollected(options)
     with Attended(exchange.receive):
-        async with exchange.open(Method.CHAT, request, call) as reply:
+        async with exchange.open(Method.CHAT, request, replace(call, collected=True)) as reply:
             async for event in reply:
                 collected.add(event.message)
             identity = reply.identity

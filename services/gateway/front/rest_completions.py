@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import aclosing
+from dataclasses import replace
 
 import orjson
 
@@ -114,6 +115,7 @@ async def _collect(
 ) -> None:
     collected = CompletionCollected(options)
     first = None
+    call = replace(call, collected=True)
     with Attended(exchange.receive):
         async with aclosing(events(exchange, Method.COMPLETE, requests, call)) as happenings:
             async for prompt, identity, message in happenings:

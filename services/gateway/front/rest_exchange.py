@@ -12,7 +12,7 @@ from typing import Any
 from infermesh.errors import MeshError, Reason, invalid, unsupported
 from infermesh.v1 import inference_pb2 as inf
 from services.gateway.config import Limits
-from services.gateway.front.callers import request_id
+from services.gateway.front.callers import request_id, trace_context
 from services.gateway.front.disconnect import ClientGone
 from services.gateway.front.rest_errors import Headers, error_headers, error_json, header_value, rest_param
 from services.gateway.upstream.calls import Call, Caller, Forward, Identity, Method, Reply
@@ -21,8 +21,6 @@ JSON = (b"content-type", b"application/json")
 # A client that is still writing when the connection closes may never see the answer, so this much is read and dropped.
 DISCARD = 4
 LARGE = 1 << 18  # bytes of a body
-_TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
-_TRACESTATE = re.compile(r"[\x20-\x7e]{1,512}")
 _DEGRADE = {"true": inf.DEGRADE_ALLOW, "1": inf.DEGRADE_ALLOW, "false": inf.DEGRADE_NEVER, "0": inf.DEGRADE_NEVER}
 
 
@@ -128,13 +126,6 @@ class Exchange:
         Raises:
             MeshError: INVALID_ARGUMENT.
         """
-        trace: dict[str, str] = {}
-        parent = self.header("traceparent")
-        if parent and _TRACEPARENT.fullmatch(parent):
-            trace["traceparent"] = parent
-            state = self.header("tracestate")
-            if state and _TRACESTATE.fullmatch(state):
-                trace["tracestate"] = state
         deadline = None
         given = self.header("x-infermesh-timeout-ms")
         if given is not None:
@@ -146,6 +137,7 @@ class Exchange:
                 deadline = self.arrived + max(0.001, min(float(seconds), 86_400.0))
             except ValueError:  # SDKs also send words such as NOT_GIVEN
                 deadline = None
+        trace = trace_context(self.header("traceparent"), self.header("tracestate"))
         return Call(self.request_id, self.caller, deadline, trace)
 
     def hint(self, hints: inf.Hints) -> None:

@@ -23,13 +23,14 @@ class Fleet:
 
     async def models(self, exchange: Exchange) -> None:
         """Every model id of the fleet that the caller may use; an alias is an entry of its own."""
-        data = [entry for view in self._directory.models() for entry in _entries(view) if self._may(exchange, view)]
+        views = self._directory.models()
+        data = [entry for view in views for entry in _entries(view) if _may(exchange, entry["id"])]
         await exchange.respond(orjson.dumps({"object": "list", "data": data}))
 
     async def model(self, exchange: Exchange) -> None:
         wanted = exchange.scope["path_params"]["model"]
         for view in self._directory.models():
-            if wanted in (view.id, *view.aliases) and self._may(exchange, view):
+            if wanted in (view.id, *view.aliases) and _may(exchange, wanted):
                 found = next(entry for entry in _entries(view) if entry["id"] == wanted)
                 await exchange.respond(orjson.dumps(found))
                 return
@@ -44,7 +45,7 @@ class Fleet:
         """Ready means: send requests here. Draining, or with nothing behind, it is not."""
         if self._draining():
             raise MeshError(Reason.DRAINING, "draining")
-        healthy = sum(view.state == "healthy" for view in self._directory.instances())
+        healthy = self._directory.healthy
         if not healthy:
             raise MeshError(Reason.NO_INSTANCE, "no healthy instance yet")
         status = {"status": "ready", "instances": healthy, "registry_stale": self._directory.stale}
@@ -57,10 +58,9 @@ class Fleet:
     async def version(self, exchange: Exchange) -> None:
         await exchange.respond(orjson.dumps({"version": infermesh.__version__}))
 
-    @staticmethod
-    def _may(exchange: Exchange, view: ModelView) -> bool:
-        allowed = exchange.caller.models
-        return not allowed or any(name in allowed for name in (view.id, *view.aliases))
+
+def _may(exchange: Exchange, model: str) -> bool:
+    return not exchange.caller.models or model in exchange.caller.models
 
 
 async def no_console(exchange: Exchange) -> None:

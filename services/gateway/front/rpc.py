@@ -14,14 +14,13 @@ from infermesh.errors import MeshError, Reason, invalid
 from services.chassis.identity import ATTEMPTS_KEY, DEGRADED_KEY, INSTANCE_KEY, MODEL_KEY, REQUEST_KEY
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, abort, as_mesh_error
-from services.gateway.front.callers import caller, request_id
+from services.gateway.front.callers import caller, request_id, trace_context
 from services.gateway.upstream.calls import Call, Forward, Method, Reply, Watcher
 
 LANGUAGE_MODEL = "infermesh.v1.LanguageModelService"
 EMBEDDING = "infermesh.v1.EmbeddingService"
 RERANK = "infermesh.v1.RerankService"
 RETRIEVE = "infermesh.v1.RetrieveService"
-TRACE_KEYS = ("traceparent", "tracestate")
 
 
 class Door:
@@ -32,26 +31,34 @@ class Door:
         self._keys = keys
         self._watcher = watcher
 
-    def call(self, context: Context) -> Call:
-        """The circumstances of a call.
+    def call(self, name: str, context: Context) -> Call:
+        """The circumstances of a call; who may not call never reaches the forwarder, and is counted here.
 
         Raises:
             MeshError: UNAUTHENTICATED.
         """
+        try:
+            return self._call(context)
+        except MeshError as error:
+            self._watcher.refused("grpc", name, error, "")
+            raise
+
+    def _call(self, context: Context) -> Call:
         given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
         who = caller(self._keys, given.get("authorization"))
-        trace = {key: given[key] for key in TRACE_KEYS if key in given}
+        trace = trace_context(given.get("traceparent"), given.get("tracestate"))
         return Call(request_id(given.get(REQUEST_KEY)), who, deadline, trace)
 
     def read(self, method: Method, request: bytes, context: Context) -> tuple[Any, Call]:
-        """The message and its circumstances; what fails here never reaches the forwarder, and is counted here."""
+        """The message and its circumstances; bytes that are no message are counted here too."""
+        name = method.name.lower()
+        call = self.call(name, context)
         try:
-            call = self.call(context)
             return parse(method.request, request), call
         except MeshError as error:
-            self._watcher.refused("grpc", method.name.lower(), error, "")
+            self._watcher.refused("grpc", name, error, call.request_id)
             raise
 
     async def unary(self, method: Method, request: bytes, context: Context) -> bytes:

@@ -142,8 +142,8 @@ class Queue:
         """Some of those who wait with the same beginning."""
         return list(islice(self.families.get(facts.chain[0], {}).values(), FAMILY)) if facts.chain else []
 
-    def expired(self, now: float) -> list[Waiting]:
-        return [waiting for waiting in self.tickets.values() if now >= waiting.until]
+    def expired(self, now: float, most: int) -> list[Waiting]:
+        return list(islice((waiting for waiting in self.tickets.values() if now >= waiting.until), most))
 
 
 def shared_blocks(a: Sequence[int], b: Sequence[int]) -> int:

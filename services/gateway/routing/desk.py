@@ -34,6 +34,7 @@ class Desk:
         self.pressure = Pressure(policy.ttft_s)
         self.born = now
         self.young = False
+        self.stale = True  # until somebody has told what there is
         self.ever: set[Lane] = set()
         self._seq = 0
         self._estimates: dict[tuple[str, str, str], Estimate] = {}
@@ -61,9 +62,11 @@ class Desk:
         settling = self.young or now < self.born + SETTLE_S
         if pool is None:
             known = lane in self.ever
-            reason = Reason.NO_INSTANCE if known else Reason.MODEL_NOT_FOUND
+            reason = self.absent(lane)
             record = Record(facts.kind, facts.model, reason="settling" if settling else reason.value)
             said = "has no instance left" if known else "is not served by this mesh"
+            if self.stale and not known:
+                said = "is not known here, and the registry, which may know it, is out of reach"
             other = [kind for kind, name in self.fleet.pools if name == facts.model]
             if other:
                 said = f"is of kind {other[0]}, which this method does not ask for"
@@ -74,6 +77,10 @@ class Desk:
         if choice.refusal is Reason.NO_INSTANCE and settling and not facts.excluded:
             return Choice(choice.record, message=choice.message, settling=True)
         return choice
+
+    def absent(self, lane: Lane) -> Reason:
+        """Of a model without instances. One that nobody could tell us of is not one that does not exist."""
+        return Reason.NO_INSTANCE if self.stale or lane in self.ever else Reason.MODEL_NOT_FOUND
 
     def estimate(self, facts: Facts) -> Estimate:
         """Of the model for this tenant; one that nobody serves is not remembered."""

@@ -15,6 +15,10 @@ MIN_TIME_S = 0.005  # with less left before the deadline, another attempt only a
 # The instance said no before it began: going elsewhere costs the fleet nothing, so it is not a retry.
 FREE = frozenset({Reason.OUT_OF_RANGE, Reason.INSTANCE_FULL, Reason.DRAINING, Reason.STARTING})
 
+# A broken connection takes its instance out of work in the same moment: what is tried again is bounded by what it had,
+# and all of that asks at once. A share of live traffic would fail most of it; the bound on attempts still holds.
+UNBUDGETED = FREE | {Reason.INSTANCE_LOST}
+
 
 class Next(Enum):
     OTHER = "other"
@@ -29,7 +33,6 @@ class Progress:
     attempts: int
     events: int
     time_left_s: float
-    repeatable: bool = True  # the same request twice does no harm
 
 
 @dataclass(slots=True)
@@ -49,6 +52,6 @@ def next(reason: Reason, progress: Progress, budget: Budget) -> Next:
         return Next.STOP
     if reason in FREE:
         return Next.OTHER
-    if progress.attempts > MAX_EXTRA_ATTEMPTS or not budget.allows():
+    if progress.attempts > MAX_EXTRA_ATTEMPTS:
         return Next.STOP
-    return Next.OTHER
+    return Next.OTHER if reason in UNBUDGETED or budget.allows() else Next.STOP

@@ -1,6 +1,6 @@
-"""The state of an instance, as a table of four voices: its Link, its drain, the registry, and our own doubts.
+"""The state of an instance, from four voices: its Link, its drain, the registry, and our own doubts.
 
-Minimal on purpose: ejection statistics, watchdogs and probation join the voices later without changing the table's use.
+Minimal on purpose: ejection statistics, watchdogs and probation join the voices later.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ class Link(Enum):
     DOWN = "down"
 
 
+class Doubt(Enum):
+    NONE = "none"
+    PROBING = "probing"  # a call broke while the Link stood; a probe is out
+    FAILED = "failed"  # the probe was not answered well; each load frame asks again
+
+
 UNREGISTERED_GRACE_S = 30.0  # an instance that lives though the registry forgot it: Consul was wiped, it will come back
 
 
@@ -32,33 +38,21 @@ class Voices:
     draining: bool = False
     registered: bool = True
     passing: bool = True
-    doubted: bool = False  # a call broke while the Link stood; a probe is out
+    doubt: Doubt = Doubt.NONE
     unregistered_at: float = 0.0
 
     def state(self) -> State:
         if self.draining:
             return State.DRAINING
-        return _TABLE[self.link, self.registered and self.passing, self.doubted]
+        if self.link is Link.DOWN or self.doubt is Doubt.FAILED:
+            return State.LOST
+        if self.link is Link.NEW:
+            return State.STARTING if self.doubt is Doubt.NONE else State.LOST
+        vouched = self.registered and self.passing and self.doubt is Doubt.NONE
+        return State.HEALTHY if vouched else State.SUSPECT
 
     def over(self, now: float) -> bool:
         """Nobody vouches for it any more."""
-        if self.link is Link.UP:
+        if self.link is Link.UP and self.doubt is not Doubt.FAILED:
             return not self.registered and now - self.unregistered_at >= UNREGISTERED_GRACE_S
-        return not self.registered or (not self.passing and self.link is Link.DOWN)
-
-
-# (Link, the registry vouches, doubted) -> state
-_TABLE: dict[tuple[Link, bool, bool], State] = {
-    (Link.NEW, True, False): State.STARTING,
-    (Link.NEW, True, True): State.LOST,
-    (Link.NEW, False, False): State.STARTING,
-    (Link.NEW, False, True): State.LOST,
-    (Link.UP, True, False): State.HEALTHY,
-    (Link.UP, True, True): State.SUSPECT,
-    (Link.UP, False, False): State.SUSPECT,
-    (Link.UP, False, True): State.SUSPECT,
-    (Link.DOWN, True, False): State.LOST,
-    (Link.DOWN, True, True): State.LOST,
-    (Link.DOWN, False, False): State.LOST,
-    (Link.DOWN, False, True): State.LOST,
-}
+        return not self.registered or (not self.passing and self.link is not Link.NEW)

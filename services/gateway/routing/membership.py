@@ -15,7 +15,7 @@ from services.gateway.routing.rates import rates
 
 def update(desk: Desk, members: Iterable[Member], now: float, *, young: bool, stale: bool) -> list[Effect]:
     """The directory's whole content. Unchanged lives keep everything; a stale directory removes nobody."""
-    desk.young = young
+    desk.young, desk.stale = young, stale
     fleet = desk.fleet
     effects: list[Effect] = []
     listed: set[str] = set()

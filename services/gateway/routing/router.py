@@ -17,7 +17,7 @@ from services.gateway.routing.decision import Close, Decision, Effect, Lease, Pr
 from services.gateway.routing.desk import Desk
 from services.gateway.routing.facts import End, Facts, LoadReport, Member, Outcome
 from services.gateway.routing.fleet import Fleet
-from services.gateway.routing.health import Link
+from services.gateway.routing.health import Doubt, Link
 from services.gateway.routing.policy import Policy
 
 FULL_PAUSE_S = 0.1  # an instance that refused for want of room is left alone so long, or until its next report
@@ -67,8 +67,8 @@ class Router:
             instance.full_until = now + FULL_PAUSE_S
         elif outcome.reason is Reason.DRAINING:
             instance.voices.draining = True
-        if outcome.end is End.LOST and not instance.voices.doubted:
-            instance.voices.doubted = True
+        if outcome.end is End.LOST and instance.voices.doubt is Doubt.NONE:
+            instance.voices.doubt = Doubt.PROBING
             effects.append(Probe(instance.id))
         life = (lease.instance_id, lease.incarnation)
         if life in self.fleet.leaving:
@@ -84,7 +84,8 @@ class Router:
         return []
 
     def tick(self, now: float) -> list[Effect]:
-        """What time alone does: waits that end, pauses that are over, instances nobody vouches for. Every 50 ms."""
+        """What time alone does: waits that end, pauses that are over, instances nobody vouches for. To be called every
+        50 ms, and again at once while it has effects: one call ends only some of the waits."""
         effects = serving.expire(self._desk, now)
         for instance in [i for i in self.fleet.instances.values() if i.voices.over(now)]:
             effects += membership.retire(self._desk, instance, "no longer registered")
@@ -100,7 +101,7 @@ class Router:
 
     def linked(self, id: str, incarnation: int, now: float) -> list[Effect]:
         """The Link to this life stands and its hello was right."""
-        return membership.hear(self._desk, id, incarnation, "", now, link=Link.UP, doubted=False)
+        return membership.hear(self._desk, id, incarnation, "", now, link=Link.UP, doubt=Doubt.NONE)
 
     def unlinked(self, id: str, incarnation: int, why: str, now: float) -> list[Effect]:
         """The Link broke, or cannot be made."""
@@ -119,17 +120,18 @@ class Router:
 
     def probed(self, id: str, incarnation: int, well: bool, now: float) -> list[Effect]:
         """The answer to a Probe."""
-        if well:
-            return membership.hear(self._desk, id, incarnation, "", now, doubted=False)
-        return membership.hear(self._desk, id, incarnation, "the probe failed", now, link=Link.DOWN)
+        doubt = Doubt.NONE if well else Doubt.FAILED
+        return membership.hear(self._desk, id, incarnation, "the probe failed", now, doubt=doubt)
 
     def report(self, id: str, incarnation: int, load: LoadReport, now: float) -> list[Effect]:
-        """A load frame; room it shows goes to whoever waits."""
+        """A load frame; room it shows goes to whoever waits. One that failed a probe is asked again: it lives."""
         instance = self.fleet.instances.get(id)
         if instance is None or instance.endpoint.incarnation != incarnation:
             return []
         instance.ledger.reconcile(load, now, instance.rates.tps)
         instance.full_until = 0.0
+        if instance.voices.doubt is Doubt.FAILED:
+            return [Probe(id)]
         return serving.serve(self._desk, instance, now)
 
     def cached(

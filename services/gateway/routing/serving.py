@@ -17,6 +17,7 @@ from services.gateway.routing.facts import Facts
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.line import Waiting
 
+SCAN = 32  # waits that end in one step
 TRIES = 8  # requests that are looked at again at one event
 BLOCKED_S = 1.0  # what a line without slots or KV room waits at least; the choice itself knows better
 RELIEF = 4  # of each other line, when an instance has none of its own
@@ -141,8 +142,9 @@ def _expected(desk: Desk, facts: Facts, held: dict[str, float], ticket: int) -> 
 
 
 def expire(desk: Desk, now: float) -> list[Effect]:
+    """Ends waits, at most `SCAN` of them."""
     effects: list[Effect] = []
-    for waiting in desk.queue.expired(now):
+    for waiting in desk.queue.expired(now, SCAN):
         desk.queue.remove(waiting.ticket)
         effects.append(_given_up(desk, waiting, now))
     return effects
@@ -221,8 +223,7 @@ def _given_up(desk: Desk, waiting: Waiting, now: float) -> Refuse:
         message = f"the deadline passed while the request waited for {facts.model}"
         return Refuse(Reason.DEADLINE_EXCEEDED, message, record, None, ticket)
     if choice.refusal is not None or choice.settling:
-        known = (facts.kind, facts.model) in desk.ever
-        reason = choice.refusal or (Reason.NO_INSTANCE if known else Reason.MODEL_NOT_FOUND)
+        reason = choice.refusal or desk.absent((facts.kind, facts.model))
         return Refuse(reason, choice.message, record, retry_after(desk, facts, reason), ticket)
     message = f"no room for {facts.model} within {desk.bounds.max_wait_s:g} s"
     return Refuse(Reason.QUEUE_TIMEOUT, message, record, retry_after(desk, facts, Reason.QUEUE_TIMEOUT), ticket)

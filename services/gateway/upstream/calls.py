@@ -63,12 +63,16 @@ class Caller:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """The circumstances of one request. `deadline` is on the event loop's clock, None = the gateway's default."""
+    """The circumstances of one request. `deadline` is on the event loop's clock, None = the gateway's default.
+
+    `collected`: the caller gets the whole answer or none, so that one that was lost half-way may begin anew elsewhere.
+    """
 
     request_id: str
     caller: Caller = Caller()
     deadline: float | None = None
     trace: Mapping[str, str] = field(default_factory=dict)  # traceparent, tracestate
+    collected: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +139,7 @@ class InstanceView:
     rejected_reason: str = ""
     incarnation: int = 0
     in_flight: int = 0
+    aliases: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -144,6 +149,11 @@ class DirectoryView(Protocol):
     def models(self) -> list[ModelView]: ...
 
     def instances(self) -> list[InstanceView]: ...
+
+    @property
+    def healthy(self) -> int:
+        """How many instances take work."""
+        ...
 
     @property
     def stale(self) -> bool:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Iterable
 
 import structlog
 from grpc_health.v1 import health_pb2
 
+from registry.endpoint import Endpoint
 from services.gateway.observe import Observe
 from services.gateway.routing.decision import Close, Dispatch, Effect, Eject, Lease, Probe, Refuse
 from services.gateway.routing.facts import End, Outcome
 from services.gateway.routing.router import Router
 from services.gateway.upstream.channels import Channels
+from services.gateway.upstream.failures import we_were_cancelled
 
 TICK_S = 0.05
 PROBE_TIMEOUT_S = 1.0
@@ -32,21 +35,35 @@ class Carrier:
         self.changed = asyncio.Event()  # replaced at each change of the fleet
         self._observe = observe
         self._waiters: dict[int, asyncio.Future[Dispatch | Refuse]] = {}
-        self._probes: set[asyncio.Task[None]] = set()
+        self._probes: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._effects: deque[Effect] = deque()
+        self._doing = False
 
     def do(self, effects: Iterable[Effect]) -> None:
-        for effect in effects:
-            if isinstance(effect, Dispatch | Refuse):
-                self._wake(effect)
-            elif isinstance(effect, Eject):
-                log.warning("instance takes no more work", instance=effect.instance_id, why=effect.why)
-                self._observe.ejected(effect.instance_id)
-                self.touch()
-            elif isinstance(effect, Probe):
-                self._probe(effect.instance_id)
-            elif isinstance(effect, Close):
-                self.channels.close(effect.instance_id, effect.incarnation)
-                self.touch()
+        """One after the other, also what they set in motion themselves: a lease for a caller who has gone passes to
+        the next one, and a thousand may have gone at once."""
+        self._effects.extend(effects)
+        if self._doing:
+            return
+        self._doing = True
+        try:
+            while self._effects:
+                self._do(self._effects.popleft())
+        finally:
+            self._doing = False
+
+    def _do(self, effect: Effect) -> None:
+        if isinstance(effect, Dispatch | Refuse):
+            self._wake(effect)
+        elif isinstance(effect, Eject):
+            log.warning("instance takes no more work", instance=effect.instance_id, why=effect.why)
+            self._observe.ejected(effect.instance_id)
+            self.touch()
+        elif isinstance(effect, Probe):
+            self._probe(effect.instance_id)
+        elif isinstance(effect, Close):
+            self.channels.close(effect.instance_id, effect.incarnation)
+            self.touch()
 
     def touch(self) -> None:
         """The fleet looks different now."""
@@ -73,10 +90,12 @@ class Carrier:
             del self._waiters[ticket]
 
     async def run(self) -> None:
-        """The router's clock."""
+        """The router's clock. A tick takes a few dozen of those whose time is over, so that many hold nobody up."""
         while True:
             await asyncio.sleep(TICK_S)
-            self.do(self.router.tick(self.now()))
+            while effects := self.router.tick(self.now()):
+                self.do(effects)
+                await asyncio.sleep(0)
 
     def _wake(self, effect: Dispatch | Refuse) -> None:
         waiter = self._waiters.get(effect.ticket)
@@ -86,21 +105,22 @@ class Carrier:
             self.release(effect.lease, Outcome(End.CANCELLED))
 
     def _probe(self, id: str) -> None:
-        task = asyncio.create_task(self._ask(id), name=f"probe-{id}")
-        self._probes.add(task)
-        task.add_done_callback(self._probes.discard)
-
-    async def _ask(self, id: str) -> None:
+        """One at a time for each life."""
         instance = self.router.fleet.instances.get(id)
-        if instance is None:
+        if instance is None or (life := (id, instance.endpoint.incarnation)) in self._probes:
             return
-        incarnation = instance.endpoint.incarnation
-        line = self.channels.open(instance.endpoint)
+        task = self._probes[life] = asyncio.create_task(self._ask(instance.endpoint), name=f"probe-{id}")
+        task.add_done_callback(lambda _: self._probes.pop(life))
+
+    async def _ask(self, endpoint: Endpoint) -> None:
+        line = self.channels.open(endpoint)
         well = False
         try:
             reply = await line.health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
             well = reply.status == health_pb2.HealthCheckResponse.SERVING
-        except Exception as error:
-            log.info("probe failed", instance=id, error=type(error).__name__)
-        self.do(self.router.probed(id, incarnation, well, self.now()))
+        except (Exception, asyncio.CancelledError) as error:
+            if we_were_cancelled(error):
+                raise
+            log.info("probe failed", instance=endpoint.id, error=type(error).__name__)
+        self.do(self.router.probed(endpoint.id, endpoint.incarnation, well, self.now()))
         self.touch()

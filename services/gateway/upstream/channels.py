@@ -49,9 +49,6 @@ class Channels:
         line = self._lines[life] = self._dial(endpoint.address)
         return line
 
-    def line(self, id: str, incarnation: int) -> Line | None:
-        return self._lines.get((id, incarnation))
-
     def close(self, id: str, incarnation: int) -> None:
         line = self._lines.pop((id, incarnation), None)
         if line is not None:

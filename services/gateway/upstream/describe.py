@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from infermesh.errors import MeshError, Reason, invalid
+from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import DEGRADE_ALLOW, DEGRADE_NEVER, DEGRADE_UNSPECIFIED
 from services.chassis import checks
 from services.chassis.prefix import Prefix, prefix
@@ -89,7 +90,7 @@ def _prompt(method: Method, request: Any) -> tuple[int, int]:
 def _features(method: Method, request: Any) -> frozenset[str]:
     """What only some instances can do, in the words that they register."""
     found = []
-    if method is Method.CHAT and request.tools:
+    if method is Method.CHAT and request.tools and request.tool_choice.mode != lm.ToolChoice.MODE_NONE:
         found.append("tools")
     which = request.constraint.WhichOneof("constraint")
     if which is not None:

@@ -18,6 +18,7 @@ from registry.port import Registry, Snapshot
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts, Member
 from services.gateway.routing.fleet import Instance
+from services.gateway.routing.health import State
 from services.gateway.upstream.calls import InstanceView, ModelView
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.link import Link
@@ -37,6 +38,7 @@ class Directory:
         self._links: dict[Life, tuple[Link, asyncio.Task[None]]] = {}
         self._snapshot = Snapshot(stale=True)
         self._created: dict[tuple[str, str], int] = {}
+        self._still: dict[str, tuple[Endpoint, InstanceView]] = {}  # what an endpoint tells, written out once
 
     async def watch(self, registry: Registry) -> None:
         """Follows the registry for ever."""
@@ -110,10 +112,17 @@ class Directory:
         ]
 
     def instances(self) -> list[InstanceView]:
-        views = [self._view(instance) for instance in self._carrier.router.fleet.instances.values()]
+        fleet = self._carrier.router.fleet.instances
+        self._still = {id: still for id, still in self._still.items() if id in fleet}
+        views = [self._view(instance) for instance in fleet.values()]
         known = {view.id for view in views}
         views += [_rejected(line) for line in self._snapshot.rejected if line.id not in known and line.kind in KINDS]
         return sorted(views, key=lambda view: view.id)
+
+    @property
+    def healthy(self) -> int:
+        instances = self._carrier.router.fleet.instances.values()
+        return sum(instance.state is State.HEALTHY for instance in instances)
 
     async def changed(self) -> None:
         """Until the fleet looks different."""
@@ -141,26 +150,36 @@ class Directory:
         return reply.running
 
     def _view(self, instance: Instance) -> InstanceView:
+        """What it registered and how it is now. The first is slow to write out, and a fleet may be hundreds."""
         endpoint, report = instance.endpoint, instance.ledger.report
+        still = self._still.get(endpoint.id)
+        if still is None or still[0] is not endpoint:
+            still = self._still[endpoint.id] = (endpoint, self._registered(endpoint))
         link = self._links.get((endpoint.id, endpoint.incarnation, endpoint.address))
         wrong = link[0].wrong if link else ""
-        speed = {key: value for key, value in dataclasses.asdict(endpoint.speed).items() if value is not None}
+        return dataclasses.replace(
+            still[1],
+            state="rejected" if wrong else instance.state.value,
+            running=report.running if report else None,
+            waiting=report.waiting if report else None,
+            kv_used_ratio=report.kv_used_ratio if report else None,
+            rejected_reason=wrong,
+            in_flight=len(instance.ledger.entries),
+        )
+
+    def _registered(self, endpoint: Endpoint) -> InstanceView:
         return InstanceView(
             id=endpoint.id,
             kind=endpoint.kind,
             model=endpoint.model,
             address=endpoint.address,
-            state="rejected" if wrong else instance.state.value,
+            state="",
             tier=endpoint.tier,
             device=endpoint.hardware.device,
-            running=report.running if report else None,
-            waiting=report.waiting if report else None,
-            kv_used_ratio=report.kv_used_ratio if report else None,
-            speed=speed,
+            speed={key: value for key, value in dataclasses.asdict(endpoint.speed).items() if value is not None},
             weight=endpoint.weight * self._weights.get(endpoint.id, 1.0),
-            rejected_reason=wrong,
             incarnation=endpoint.incarnation,
-            in_flight=len(instance.ledger.entries),
+            aliases=endpoint.aliases,
             metadata=to_metadata(endpoint),
         )
 

@@ -19,6 +19,14 @@ PROMPT_TOKENS_KEY = "x-infermesh-prompt-tokens"
 _COUNT = re.compile(r"\d+")
 
 
+def we_were_cancelled(error: BaseException) -> bool:
+    """grpc raises CancelledError also when a channel closes under a call; only our own task's counts."""
+    if not isinstance(error, asyncio.CancelledError):
+        return False
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
+
+
 def as_failure(error: BaseException) -> MeshError:
     """The failure of an attempt as a typed error."""
     if isinstance(error, grpc.aio.AioRpcError):

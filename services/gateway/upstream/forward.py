@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import random
 import time
+from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -71,7 +72,18 @@ class Exchange:
     """One request: the context manager that `open` gives, and the reply that it yields. Used once, by one task."""
 
     __slots__ = (
-        *("_begun", "_call", "_carrier", "_context", "_deadline", "_endpoint", "_events", "_facts", "_finished"),
+        *(
+            "_ahead",
+            "_begun",
+            "_call",
+            "_carrier",
+            "_context",
+            "_deadline",
+            "_endpoint",
+            "_events",
+            "_facts",
+            "_finished",
+        ),
         *(
             "_first",
             "_forwarder",
@@ -93,6 +105,7 @@ class Exchange:
         self._method = method
         self._request = request
         self._context = call
+        self._ahead: deque[Event] = deque()  # of a collected answer
         self._call: Any = None
         self._endpoint: Endpoint | None = None
         self._first: Event | None = None
@@ -141,6 +154,9 @@ class Exchange:
             self._first = None
             self._events = 1
             return event
+        if self._ahead:
+            self._events += 1
+            return self._ahead.popleft()
         if self._finished:
             raise StopAsyncIteration
         try:
@@ -215,12 +231,12 @@ class Exchange:
             raise MeshError(Reason.INSTANCE_LOST, f"{lease.instance_id} has just gone")
         self.attempts += 1
         endpoint = self._endpoint = instance.endpoint
-        raw = self._amend(lease, endpoint)
+        request = self._amend(lease, endpoint)
         timeout = self._deadline - carrier.now()
         if timeout <= 0:
             raise MeshError(Reason.DEADLINE_EXCEEDED, "the deadline passed before an instance was called")
         dial = carrier.channels.open(endpoint).calls[method]
-        call = self._call = dial(raw, timeout=timeout, metadata=self._metadata(lease, endpoint))
+        call = self._call = dial(request, timeout=timeout, metadata=self._metadata(lease, endpoint))
         first = await call.read() if method.streams else await call
         if first is grpc.aio.EOF:
             raise MeshError(Reason.ENGINE_FAILED, f"{endpoint.id} ended the answer before it began")
@@ -230,8 +246,13 @@ class Exchange:
         carrier.do(carrier.router.started(lease, carrier.now()))
         self._stop_retrying()
         self.identity = Identity(endpoint.id, endpoint.model, self.attempts, lease.record.degraded_from)
-        self._first = Event(first, message)
         self._note(message)
+        if method.streams and self._context.collected:
+            while (raw := await call.read()) is not grpc.aio.EOF:
+                self._ahead.append(Event(raw, method.response.FromString(raw)))
+                self._note(self._ahead[-1].message)
+            self._finish(None)
+        self._first = Event(first, message)
         if not method.streams:
             self._events = 1
             self._finish(None)
@@ -273,6 +294,8 @@ class Exchange:
     def _after(self, lease: Lease, failure: MeshError, error: BaseException) -> None:
         """After a failed attempt: gives the lease back, then either prepares the next one or raises the failure."""
         self._release(failure)
+        self._ahead.clear()
+        self._usage, self._tokens, self._ttft = None, 0, 0.0
         forwarder, reason = self._forwarder, failure.reason
         self._spent += reason not in failover.FREE
         left = self._deadline - self._carrier.now()
@@ -289,7 +312,7 @@ class Exchange:
         else:
             self._facts = replace(facts, excluded=excluded)
         forwarder.observe.retried(reason.value)
-        if reason not in failover.FREE and not self._retrying:
+        if reason not in failover.UNBUDGETED and not self._retrying:
             self._retrying = True
             forwarder.budget.retrying += 1
 

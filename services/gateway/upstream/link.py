@@ -15,6 +15,7 @@ from infermesh.v1 import worker_pb2 as wk
 from registry.endpoint import Endpoint
 from services.gateway.routing.facts import LoadReport
 from services.gateway.upstream.carrier import Carrier
+from services.gateway.upstream.failures import we_were_cancelled
 
 FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 1.0
@@ -56,8 +57,8 @@ class Link:
                 why = f"{error.code().name}: {error.details()}"
             except TimeoutError:
                 why = f"no hello within {HELLO_TIMEOUT_S:g} s"
-            except asyncio.CancelledError:
-                if _we_were_cancelled():
+            except asyncio.CancelledError as error:
+                if we_were_cancelled(error):
                     raise
                 why = "the channel was closed"
             except Exception as error:
@@ -76,8 +77,8 @@ class Link:
             hello = wk.GatewayHello(
                 gateway_id=self._gateway_id, version=infermesh.__version__, features=[CACHE_FEATURE]
             )
-            await call.write(wk.LinkRequest(hello=hello))
             async with asyncio.timeout(HELLO_TIMEOUT_S):
+                await call.write(wk.LinkRequest(hello=hello))
                 first = await call.read()
             if first is grpc.aio.EOF:
                 return
@@ -116,12 +117,6 @@ class Link:
             carrier.do(carrier.router.goodbye(id, incarnation, carrier.now()))
             return False
         return True
-
-
-def _we_were_cancelled() -> bool:
-    """grpc raises CancelledError also when a channel closes under a call."""
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
 
 
 def load_report(load: wk.Load) -> LoadReport:

@@ -62,7 +62,7 @@ class SseLines:
 
 
 class Reply:
-    """The chunks of one answer. `done` once every choice has its end or the server says [DONE]."""
+    """The chunks of one answer. `finished` once every choice has its end."""
 
     def __init__(self, *, chat: bool, choices: int) -> None:
         self._chat = chat
@@ -158,7 +158,7 @@ def error_of(status: int, body: bytes, retry_after: str = "") -> MeshError:
     if status == 413:
         return MeshError(Reason.REQUEST_TOO_LARGE, text)
     if status in (429, 503):
-        seconds = float(retry_after) if retry_after.replace(".", "", 1).isdigit() else 1.0
+        seconds = float(retry_after) if retry_after.replace(".", "", 1).isdecimal() else 1.0
         return MeshError(Reason.INSTANCE_FULL, text, retry_after_s=seconds)
     if status == 501:
         return MeshError(Reason.UNSUPPORTED, text)

@@ -105,6 +105,9 @@ class VllmEngine:
     async def _complete(self, request: lm.CompleteRequest) -> AsyncGenerator[Event]:
         prompt = await self._ready.renderer.complete(request)
         self._events.tie(request, prompt.ids)
+        if request.echo and request.WhichOneof("prompt") == "token_ids":
+            self._budget(len(prompt.ids), request.sampling)  # before a text of a million tokens is made
+            prompt.text = await self._text(prompt.ids)
         async with aclosing(self._generate(prompt, request.sampling, echo=request.echo)) as events:
             async for event in events:
                 yield event
@@ -190,8 +193,12 @@ class VllmEngine:
         vocabulary = self._ready.engine.model_config.get_vocab_size()
         if ids and max(ids) >= vocabulary:
             raise invalid("token_ids", f"{max(ids)} is not among the model's {vocabulary} tokens")
+        return lm.DetokenizeResponse(text=await self._text(ids))
+
+    async def _text(self, ids: list[int]) -> str:
+        """Beside the loop, and with our own tokenizer."""
         async with self._text_lock:
-            return lm.DetokenizeResponse(text=await asyncio.to_thread(self._text_tokenizer.decode, ids))
+            return str(await asyncio.to_thread(self._text_tokenizer.decode, ids))
 
     def load(self) -> Load:
         if self._launched is None:

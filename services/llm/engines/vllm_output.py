@@ -47,26 +47,27 @@ class Answer:
         self._called = [False] * choices
         self._ids: list[list[int]] = [[] for _ in range(choices)]  # for the parsers' count of reasoning tokens
         self._completion_tokens = 0
-        self._cached = 0
+        self._cached: int | None = None
         self._first = True
 
     def event(self, output: Any) -> Event | None:
         """What one output tells; None while it tells nothing (a prompt still being computed)."""
         deltas = [delta for choice in output.outputs if (delta := self._delta(choice)) is not None]
-        self._cached = max(self._cached, output.num_cached_tokens or 0)
+        if self._cached is None:  # the other choices find what the first one has computed
+            self._cached = output.num_cached_tokens
         if not deltas and not output.finished:
             return None
         event = Event(deltas)
         if self._first:
             self._first = False
             event.prompt = PromptFacts(
-                len(self._prompt.ids), self._cached, tuple(self._prompt_logprobs(output.prompt_logprobs))
+                len(self._prompt.ids), self._cached or 0, tuple(self._prompt_logprobs(output.prompt_logprobs))
             )
         if output.finished:
             event.usage = Usage(
                 prompt_tokens=len(self._prompt.ids),
                 completion_tokens=self._completion_tokens,
-                cached_tokens=self._cached,
+                cached_tokens=self._cached or 0,
                 reasoning_tokens=sum(
                     parser.count_reasoning_tokens(tuple(ids))
                     for parser, ids in zip(self._parsers, self._ids, strict=False)
@@ -175,10 +176,13 @@ class Answer:
         return token_bytes(self._tokenizer.convert_ids_to_tokens(token), text, byte_level=self._byte_level)
 
 
-def token_bytes(piece: str, text: str, *, byte_level: bool) -> bytes:
-    """The bytes of one token, also of one that is part of a character, from `piece`, its name in the vocabulary.
+def token_bytes(piece: str | None, text: str, *, byte_level: bool) -> bytes:
+    """The bytes of one token, also of one that is part of a character, from `piece`, its name in the vocabulary (None:
+    the model's head is padded beyond the tokenizer's, and what stands there can be drawn).
     `text` is how it reads, which for the last part of a character is the whole of it.
     """
+    if piece is None:
+        return text.encode()
     if match := _HEX_TOKEN.fullmatch(piece):
         return bytes([int(match[1], 16)])
     if not byte_level:

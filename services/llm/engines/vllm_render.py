@@ -101,12 +101,12 @@ class Renderer:
         return self._with_parser(prompt, asked)
 
     async def complete(self, request: lm.CompleteRequest) -> Prompt:
+        """Without `text` where token ids were given."""
         salt = _salt(request.relay.cache_salt)
         if request.WhichOneof("prompt") == "token_ids":
             ids = list(request.token_ids.ids)
             self._renderer.validate_token_ids(ids, parameter="prompt")
-            text = self._renderer.get_tokenizer().decode(ids) if request.echo else ""
-            prompt = Prompt(ids, tokens_input(ids, cache_salt=salt), text)
+            prompt = Prompt(ids, tokens_input(ids, cache_salt=salt))
         else:
             prompt = await self._text(request.text, salt)
         prompt.structured = structured_outputs(request.constraint)

@@ -1,0 +1,72 @@
+"""A mesh in which everybody has keys: what the gateway may do at instances, and what its callers may not."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from pathlib import Path
+
+import grpc.aio
+import pytest
+
+from infermesh.errors import Reason, from_rpc
+from infermesh.v1 import language_model_pb2 as lm
+from infermesh.v1 import mesh_pb2 as ms
+from infermesh.v1 import worker_pb2 as wk
+from infermesh.v1 import worker_pb2_grpc
+from infermesh.v1.inference_pb2 import Relay
+from tests.kit.mesh import running_mesh, until
+
+
+def who(secret: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {secret}"),)
+
+
+def chat(**more: object) -> lm.ChatRequest:
+    message = lm.Message(role=lm.ROLE_USER, content="hello")
+    return lm.ChatRequest(model="chat", messages=[message], sampling=lm.Sampling(max_tokens=4), **more)  # type: ignore[arg-type]
+
+
+async def refused(call: object) -> Reason:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        async for _ in call:  # type: ignore[attr-defined]
+            pass
+    return from_rpc(caught.value).reason
+
+
+async def test_the_gateways_key_opens_instances_and_a_clients_does_not_act_as_one(tmp_path: Path) -> None:
+    def line(secret: str, more: str) -> str:
+        return f"  - {{sha256: {hashlib.sha256(secret.encode()).hexdigest()}, {more}}}"
+
+    keys, operator = tmp_path / "keys.yaml", tmp_path / "operator.key"
+    keys.write_text(
+        "\n".join(["version: 1", "keys:", line("alice", "tenant: a"), line("root", "tenant: o, role: operator")])
+    )
+    operator.write_text("root\n")
+    flags = ("--keys", str(keys), "--operator-key-file", str(operator))
+    async with running_mesh(tmp_path, {}, keys=keys, operator_key_file=operator) as mesh:
+        await mesh.start("a", *flags)
+
+        async def there() -> bool:
+            listed = await mesh.mesh.ListInstances(ms.ListInstancesRequest(), metadata=who("root"))
+            return [i.state for i in listed.instances] == ["healthy"]
+
+        await until(there, 10)
+        events = [event async for event in mesh.llm.Chat(chat(), metadata=who("alice"))]
+        assert sum(len(delta.token_ids) for event in events for delta in event.deltas) == 4
+
+        direct = await mesh.direct("a")
+        assert await refused(direct.Chat(chat())) is Reason.UNAUTHENTICATED
+        relayed = chat(relay=Relay(gateway_id="me", tenant="o"))
+        assert await refused(direct.Chat(relayed, metadata=who("alice"))) is Reason.INVALID_ARGUMENT
+        assert await refused(mesh.llm.Chat(relayed, metadata=who("root"))) is Reason.INVALID_ARGUMENT
+        assert [event async for event in direct.Chat(chat(), metadata=who("alice"))]
+        worker = worker_pb2_grpc.WorkerServiceStub(await mesh.dial(mesh.instances["a"].address))
+        for metadata, reason in ((None, Reason.UNAUTHENTICATED), (who("alice"), Reason.PERMISSION_DENIED)):
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await worker.Drain(wk.DrainRequest(), metadata=metadata)
+            assert from_rpc(caught.value).reason is reason
+            assert await refused(worker.Link(metadata=metadata)) is reason
+        drain = ms.DrainInstanceRequest(instance_id="a")
+        await mesh.mesh.DrainInstance(drain, metadata=who("root"))
+        assert await asyncio.to_thread(mesh.instances["a"].popen.wait, 10) == 0

@@ -1,0 +1,81 @@
+"""What a gateway learns of its instances by Links and probes, and who gets what the router hands out."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+
+from infermesh.v1 import worker_pb2 as wk
+from registry.port import Entry, Snapshot
+from services.gateway.routing.admission import Bounds
+from services.gateway.routing.decision import Lease, Record
+from services.gateway.routing.facts import Facts
+from tests.kit.fake_instance import fake_instance
+from tests.kit.mesh import until
+from tests.kit.upstream import LEFT, silent, upstream
+
+
+async def test_an_instance_that_missed_a_probe_comes_back_though_its_link_never_broke() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        up.carrier.do(up.carrier.router.probed("a", 7, False, up.carrier.now()))
+        assert up.state("a") == "lost"
+        await a.frames.put(wk.LinkResponse(load=wk.Load(running=0)))
+        await until(lambda: up.state("a") == "healthy", 5)
+        assert a.links == 1 and up.carrier._probes == {}
+
+
+async def test_a_thousand_callers_leave_in_the_moment_in_which_room_appears() -> None:
+    """Each lease for one who has gone passes to the next: in a loop, not in a thousand nested calls."""
+    bounds = Bounds(max_requests=2000, max_tokens=1 << 40)
+    async with fake_instance("a", silent, max_running=1) as a, upstream(a, bounds=bounds) as up:
+        first = asyncio.create_task(up.chat())
+        await until(lambda: len(a.requests) == 1, 5)
+        others = [asyncio.create_task(up.chat()) for _ in range(1000)]
+        await until(lambda: up.carrier.router.waiting == 1000, 5)
+        for task in (*others, first):
+            task.cancel()
+        instance = up.carrier.router.fleet.instances["a"]
+        (seq,) = instance.ledger.entries
+        ended = up.carrier.router.release(Lease(seq, "a", 7, Facts("llm", "m"), Record("llm", "m")), LEFT, 0.0)
+        up.carrier.do(ended)
+        await asyncio.gather(first, *others, return_exceptions=True)
+        assert up.nothing_left() and len(a.requests) == 1
+
+
+async def test_the_list_shows_what_is_registered_now_and_what_the_instance_says() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        assert [(view.weight, view.running) for view in up.directory.instances()] == [(1.0, None)]
+        up.directory.apply(Snapshot((Entry(replace(a.endpoint, weight=3.0)),)))
+        await a.frames.put(wk.LinkResponse(load=wk.Load(running=4)))
+        await until(lambda: [(v.weight, v.running) for v in up.directory.instances()] == [(3.0, 4)], 5)
+        assert up.directory.instances()[0].metadata["weight"] == "3.0" and up.directory.healthy == 1
+        up.carrier.do(up.carrier.router.goodbye("a", 7, up.carrier.now()))
+        assert up.directory.instances() == [] and up.directory.healthy == 0 and not up.directory._still
+
+
+async def test_link_frames_drain_and_goodbye() -> None:
+    async with fake_instance("a") as a, fake_instance("b") as b, upstream(a, b) as up:
+        await a.frames.put(wk.LinkResponse(load=wk.Load(running=3, waiting=1, kv_used_ratio=0.5)))
+        await until(lambda: up.directory.instances()[0].running == 3, 2)
+        view = up.directory.instances()[0]
+        assert (view.waiting, view.kv_used_ratio, view.in_flight) == (1, 0.5, 0)
+        await a.frames.put(wk.LinkResponse(draining=wk.Draining(grace_ms=100)))
+        await until(lambda: up.state("a") == "draining", 2)
+        await a.frames.put(wk.LinkResponse(goodbye=wk.WorkerGoodbye(why="done")))
+        await until(lambda: up.state("a") == "gone", 2)
+        assert (await up.chat())[1].instance_id == "b"
+
+
+async def test_a_caller_who_leaves_in_the_moment_in_which_he_is_served_leaves_nothing_behind() -> None:
+    async with fake_instance("a", silent, max_running=1) as a, upstream(a) as up:
+        first = asyncio.create_task(up.chat())
+        await until(lambda: len(a.requests) == 1, 5)
+        second = asyncio.create_task(up.chat())
+        await until(lambda: up.carrier.router.waiting == 1, 5)
+        (seq,) = up.carrier.router.fleet.instances["a"].ledger.entries
+        up.carrier.release(Lease(seq, "a", 7, Facts("llm", "m"), Record("llm", "m")), LEFT)
+        assert up.carrier.router.waiting == 0, "the lease is his, but he has not run since"
+        for task in (second, first):
+            task.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert up.nothing_left() and len(a.requests) == 1
