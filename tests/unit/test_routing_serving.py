@@ -69,7 +69,7 @@ def test_time_alone_makes_room() -> None:
     waits = r.pick(facts(), NOW)
     assert isinstance(waits, Wait)
     assert r.tick(NOW + 0.5) == []
-    assert ran(r.tick(NOW + 0.75)) == [waits.ticket]  # 0.25 s of the first are left
+    assert ran(r.tick(NOW + 0.85)) == [waits.ticket]  # 0.15 s of the first are left
 
 
 def test_short_work_goes_first_and_cached_work_is_short() -> None:

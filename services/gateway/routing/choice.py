@@ -72,19 +72,20 @@ def choose(
     llm = facts.kind == "llm" and facts.slots > 0
     long = llm and all(instance.endpoint.tier == "long-context" for instance in passed)
     waits = [instance.ledger.wait_s(now) for instance in passed]
-    backlog = sum(waits) + sum(instance.line.seconds for instance in passed)
+    crowds = [instance.crowd() for instance in passed]
+    backlog = sum(waits) + sum(i.line.seconds * crowd for i, crowd in zip(passed, crowds, strict=True))
     mean_backlog = backlog / len(passed)
     mean_output = estimate.output
     candidates: list[Candidate] = []
     details: list[tuple[float, float]] = []
     full: list[tuple[str, str]] = []
-    for instance, wait in zip(passed, waits, strict=True):
+    for instance, wait, crowd in zip(passed, waits, crowds, strict=True):
         endpoint, ledger, rates = instance.endpoint, instance.ledger, instance.rates
         capacity = endpoint.capacity
         share = held.get(endpoint.id, 0.0) if held else 0.0
         cached = cached_tokens(share, prompt) if share else 0
         line = room = reserve = decode = step = 0.0
-        price = cost.price(min(mean_backlog, wait + instance.line.seconds))
+        price = cost.price(min(mean_backlog, wait + instance.line.seconds * crowd))
         slot = not facts.slots or instance.has_slot(now)
         if not slot:
             full.append((endpoint.id, "no_room"))
@@ -95,7 +96,7 @@ def choose(
             if running:
                 work *= rates.interference(step)
             decode = cost.DECODE_SHARE * output * step
-            queue = 1 + instance.line.count  # those who wait for the same room
+            queue = 1 + instance.line.count * crowd  # those who wait for the same room
             free_slot = cost.slot_wait_s(mean_output, step, running)
             if not slot:
                 room = max(instance.full_until - now, free_slot * queue)
@@ -104,7 +105,7 @@ def choose(
                 if not long and endpoint.tier == "long-context":
                     kept = instance.reserve.kv_tokens(now, capacity.kv_tokens)
                 used = ledger.kv_used(capacity.kv_tokens)
-                missing = used + prompt - cached + output + kept - capacity.kv_tokens
+                missing = used + round((prompt - cached + output) * crowd) + kept - capacity.kv_tokens
                 if missing > 0:
                     room = max(room, cost.kv_wait_s(missing, used, running, free_slot) + free_slot * queue)
             if not long and endpoint.tier == "long-context":
@@ -112,8 +113,8 @@ def choose(
         elif not slot:
             room = max(instance.full_until - now, wait / max(1, running))
         if instance.line.count:
-            line = instance.line.ahead_s(work)
-        ready = slot and not room and (wait <= rates.depth_s)
+            line = instance.line.ahead_s(work) * crowd
+        ready = slot and not room and instance.is_open(wait, crowd)
         seconds = (wait, line, room, work * price, reserve, decode)
         total = sum(seconds) / rates.weight
         candidates.append(Candidate(endpoint.id, total, seconds, rates.weight, cached, ready))

@@ -15,7 +15,7 @@ PRIOR_FIXED_MS = 5.0
 PRIOR_TOKENS_PER_S = 5000.0
 
 CHUNK_TOKENS = 2048  # prompt tokens that share an engine step with the decoding requests: vLLM's smaller default
-PRICE_PER_S = 0.25  # β: what a second of the tier's backlog adds to the price of a second of uncached work
+PRICE_PER_S = 1.0  # β: what a second of backlog adds to the price of a second of uncached work
 DECODE_SHARE = 0.02  # γ: what a second of decoding weighs beside a second before the first token
 RESERVED_AT_MOST = 0.9  # of an instance's time, for long prompts
 

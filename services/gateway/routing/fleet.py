@@ -11,6 +11,8 @@ from services.gateway.routing.line import Line
 from services.gateway.routing.rates import Rates
 from services.gateway.routing.reserve import Reserve
 
+MOST_GATEWAYS = 16
+
 
 @dataclass(slots=True)
 class Instance:
@@ -37,6 +39,19 @@ class Instance:
             return False
         cap, ledger = self.endpoint.capacity.max_running, self.ledger
         return not cap or ledger.own_slots + ledger.foreign_running < cap
+
+    def crowd(self) -> float:
+        """How many times this gateway's part of the instance's requests all of them are: 1 where no other gateway sends
+        here. What waits in the others cannot be seen, and is taken to be in the same proportion."""
+        ledger = self.ledger
+        foreign = ledger.foreign_running
+        return min(MOST_GATEWAYS, 1.0 + foreign / (ledger.own_slots + 1)) if foreign else 1.0
+
+    def is_open(self, wait: float, crowd: float) -> bool:
+        """Whether its queue of prompts, `wait` seconds, is short enough for more of ours: several gateways fill it
+        together, each its part."""
+        depth = self.rates.depth_s
+        return wait <= depth and (crowd == 1.0 or self.ledger.own_work * crowd <= depth * US)
 
     def busy_s(self) -> float:
         """Seconds of prompts queued there and in this gateway for it; coarse and cheap."""

@@ -152,7 +152,7 @@ def expire(desk: Desk, now: float) -> list[Effect]:
 
 def could_start(instance: Instance, now: float) -> bool:
     """Has a slot, and no more prompts queued than an instance should have."""
-    return instance.has_slot(now) and instance.ledger.wait_s(now) <= instance.rates.depth_s
+    return instance.has_slot(now) and instance.is_open(instance.ledger.wait_s(now), instance.crowd())
 
 
 def retry_after(desk: Desk, facts: Facts, reason: Reason) -> float | None:
