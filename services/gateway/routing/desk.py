@@ -110,7 +110,7 @@ class Desk:
             slots=facts.slots,
             total=record.prompt_tokens,
             cached=choice.cached,
-            thought=0.0 if choice.wait or choice.cached else choice.work,
+            thought=0.0 if choice.wait or choice.cached or instance.ledger.foreign_running else choice.work,
             step=choice.step,
             at=now,
         )
