@@ -22,7 +22,9 @@ COLUMNS = ("POLICY", "DONE", "SHED", "DEGR", "TTFT", "P50", "P99", "TPOT P50", "
 
 def command(
     fleet: Annotated[str, typer.Option(metavar="FLEET.yaml[,…]", help="Fleet files to compare.")],
-    trace: Annotated[Path | None, typer.Option(help="JSONL in Mooncake's form: timestamp, input_length, output_length, hash_ids.")] = None,
+    trace: Annotated[
+        Path | None, typer.Option(help="JSONL in Mooncake's form: timestamp, input_length, output_length, hash_ids.")
+    ] = None,
     generate: Annotated[
         str, typer.Option(metavar="SPEC", help="Made-up traffic instead: rps=4,requests=2000,prompt=3000,shape=square")
     ] = "",

@@ -118,7 +118,9 @@ def test_a_square_wave_switches_degrading_on_and_off_without_flapping() -> None:
     assert late and not any(job.degraded for job in late)
 
 
-@pytest.mark.xfail(reason="instances do not grant yet, so gateways fill the same gap: docs/decisions/0007")
+@pytest.mark.xfail(
+    strict=True, reason="instances do not grant yet, so gateways fill the same gap (docs/decisions/0017)"
+)
 @pytest.mark.parametrize("gateways", [2, 4])
 def test_gateways_that_share_nothing_do_nearly_as_well_as_one(gateways: int) -> None:
     trace = made("requests=800,rps=8,prompt=1500,output=60,prefixes=8,prefix=1024")
