@@ -228,7 +228,9 @@ def test_the_hub_probe_is_bounded_and_obeys(monkeypatch: pytest.MonkeyPatch, ser
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
             assert "switched off" in hub_fault()
-    for name in ("INFERMESH_OFFLINE", "HF_HUB_OFFLINE", "http_proxy", "no_proxy"):
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)  # whatever a shell, or a library that another test loaded, has set
+    for name in ("INFERMESH_OFFLINE", "HF_HUB_OFFLINE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr("deploy.launch.host.hub_endpoint", lambda: server)
     assert hub_fault() == "", "any answer of the hub's is one"
