@@ -94,14 +94,6 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
-class Degrade:
-    """The waiting request goes on as another model's."""
-
-    ticket: int
-    model: str
-
-
-@dataclass(frozen=True, slots=True)
 class Eject:
     """An instance takes no more work, and why."""
 
@@ -125,4 +117,4 @@ class Close:
 
 
 Decision = Dispatch | Wait | Refuse
-Effect = Dispatch | Refuse | Degrade | Eject | Probe | Close
+Effect = Dispatch | Refuse | Eject | Probe | Close

@@ -9,7 +9,7 @@ from math import exp
 from typing import Any
 
 from infermesh.errors import Reason
-from services.gateway.routing.decision import Decision, Degrade, Dispatch, Effect, Refuse, Wait
+from services.gateway.routing.decision import Decision, Dispatch, Effect, Refuse, Wait
 from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.simulator.encoder import EncoderEngine
 from services.gateway.simulator.engine import BUDGET, LlmEngine
@@ -167,11 +167,6 @@ class World:
                 job = self._tickets[gateway].pop(effect.ticket, None)
                 if job is not None:
                     self._follow(effect, job, now)
-            elif isinstance(effect, Degrade):
-                job = self._tickets[gateway].pop(effect.ticket, None)
-                if job is not None:
-                    job.facts = replace(job.facts, model=effect.model)
-                    self._pick(job, now)
 
     def _default(self, job: Job) -> str:
         return self._site.models.get(job.request.kind, "")

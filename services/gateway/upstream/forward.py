@@ -24,7 +24,15 @@ from services.gateway.routing.facts import Facts, Outcome
 from services.gateway.upstream.calls import Call, Event, Identity, Method
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.describe import check, describe
-from services.gateway.upstream.failures import as_failure, end, exact_prompt_tokens, refusal, stream_lost, word
+from services.gateway.upstream.failures import (
+    as_failure,
+    end,
+    exact_prompt_tokens,
+    refusal,
+    stream_lost,
+    we_were_cancelled,
+    word,
+)
 from services.gateway.upstream.quota import Quota
 
 
@@ -166,7 +174,7 @@ class Exchange:
                 raise StopAsyncIteration
             message = self._method.response.FromString(raw)
         except (asyncio.CancelledError, Exception) as error:
-            if isinstance(error, StopAsyncIteration) or _we_were_cancelled(error):
+            if isinstance(error, StopAsyncIteration) or we_were_cancelled(error):
                 raise
             lost = stream_lost(as_failure(error), self.identity.instance_id, self._tokens, self._events)
             self._finish(lost)
@@ -200,7 +208,7 @@ class Exchange:
                 await self._attempt(lease)
                 return
             except (asyncio.CancelledError, Exception) as error:
-                if _we_were_cancelled(error):
+                if we_were_cancelled(error):
                     raise
                 failure = as_failure(error)
                 self._after(lease, failure, error)
@@ -382,11 +390,3 @@ class Exchange:
         forwarder.observe.finished(report, error)
         if self._spans is not None:
             self._spans.ended(outcome, error is not None, prompt, completion, report.served_model)
-
-
-def _we_were_cancelled(error: BaseException) -> bool:
-    """grpc raises CancelledError also when a channel closes under a call; only our own task's counts."""
-    if not isinstance(error, asyncio.CancelledError):
-        return False
-    task = asyncio.current_task()
-    return task is None or task.cancelling() > 0
