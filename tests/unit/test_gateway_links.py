@@ -8,7 +8,7 @@ from dataclasses import replace
 from infermesh.v1 import worker_pb2 as wk
 from registry.port import Entry, Snapshot
 from services.gateway.routing.admission import Bounds
-from services.gateway.routing.decision import Lease, Record
+from services.gateway.routing.decision import Abandon, Lease, Record
 from services.gateway.routing.facts import Facts
 from tests.kit.fake_instance import fake_instance
 from tests.kit.mesh import until
@@ -79,3 +79,17 @@ async def test_a_caller_who_leaves_in_the_moment_in_which_he_is_served_leaves_no
             task.cancel()
         await asyncio.gather(first, second, return_exceptions=True)
         assert up.nothing_left() and len(a.requests) == 1
+
+
+async def test_an_abandoned_call_moves_and_one_that_is_over_is_no_concern() -> None:
+    """Before its first event it goes elsewhere; the instance is told at once, and nothing is left behind."""
+    async with fake_instance("a", silent) as a, fake_instance("b") as b, upstream(a, b) as up:
+        up.directory.apply(Snapshot((Entry(a.endpoint), Entry(replace(b.endpoint, weight=0.01)))))
+        call = asyncio.create_task(up.chat())
+        await until(lambda: len(a.requests) == 1, 5)
+        (seq,) = up.carrier.router.fleet.instances["a"].ledger.entries
+        up.carrier.do([Abandon(seq, "the engine stands still"), Abandon(99, "never was")])
+        text, identity = await call
+        assert (text, identity.instance_id, identity.attempts) == (" w0 w1 w2", "b", 2)
+        await until(lambda: a.cancelled == 1, 2)
+        assert up.nothing_left() and up.carrier._calls == {}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from infermesh.errors import Reason
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.pulse import Pulse
 
 TERMS = ("wait", "line", "room", "prefill", "reserve", "decode")
 
@@ -57,13 +58,15 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A reservation on one life of one instance. `seq` is this gateway's number for the attempt."""
+    """A reservation on one life of one instance. `seq` is this gateway's number for the attempt; `pulse` is what
+    `Router.progressed` moves."""
 
     seq: int
     instance_id: str
     incarnation: int
     facts: Facts
     record: Record
+    pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,14 @@ class Probe:
 
 
 @dataclass(frozen=True, slots=True)
+class Abandon:
+    """Cut the call of this lease: nothing is to be expected of it where it runs. It ends as INSTANCE_LOST."""
+
+    seq: int
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Close:
     """A life is over and nothing of ours runs there: its channels may go."""
 
@@ -117,4 +128,4 @@ class Close:
 
 
 Decision = Dispatch | Wait | Refuse
-Effect = Dispatch | Refuse | Eject | Probe | Close
+Effect = Dispatch | Refuse | Eject | Probe | Abandon | Close

@@ -16,6 +16,7 @@ from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
 from services.gateway.routing.ledger import US, Entry
 from services.gateway.routing.policy import Policy, resolve
+from services.gateway.routing.pulse import Awake, Pulse
 from services.gateway.routing.split import Split
 
 SETTLE_S = 3.0  # how long a request waits for a directory that may still be filling
@@ -33,6 +34,7 @@ class Desk:
         self.split = Split(policy.split)
         self.pressure = Pressure(policy.ttft_s)
         self.born = now
+        self.awake = Awake()
         self.young = False
         self.stale = True  # until somebody has told what there is
         self.ever: set[Lane] = set()
@@ -114,6 +116,7 @@ class Desk:
             step=choice.step,
             at=now,
         )
+        pulse = entry.pulse = Pulse(self.awake.now, vital=instance.vital)
         instance.ledger.reserve(self._seq, entry, now)
         if facts.chain or facts.document_id or facts.session_id:
             self.index.insert(instance.id, (*facts.chain, *_hints(facts)))
@@ -128,7 +131,7 @@ class Desk:
             tokens = record.prompt_tokens + record.output_tokens
             pool = self.fleet.pools[facts.kind, facts.model]
             self.split.served(instance, tokens, pool, saturated=bool(self.queue.tickets), now=now)
-        return Lease(self._seq, instance.id, instance.endpoint.incarnation, facts, record)
+        return Lease(self._seq, instance.id, instance.endpoint.incarnation, facts, record, pulse)
 
     def _tell_waiting(self, id: str, sent: Facts) -> None:
         """Those who wait with the same beginning will find it on this instance."""

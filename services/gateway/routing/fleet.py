@@ -8,6 +8,7 @@ from registry.endpoint import Endpoint
 from services.gateway.routing.health import State, Voices
 from services.gateway.routing.ledger import US, Ledger
 from services.gateway.routing.line import Line
+from services.gateway.routing.pulse import Vital
 from services.gateway.routing.rates import Rates
 from services.gateway.routing.reserve import Reserve
 
@@ -23,6 +24,7 @@ class Instance:
     rates: Rates
     voices: Voices = field(default_factory=Voices)
     ledger: Ledger = field(default_factory=Ledger)
+    vital: Vital = field(default_factory=Vital)
     line: Line = field(default_factory=Line)
     reserve: Reserve = field(default_factory=Reserve)
     state: State = State.STARTING

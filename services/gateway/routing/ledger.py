@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from services.gateway.routing.facts import LoadReport
+from services.gateway.routing.pulse import Pulse
 
 US = 1_000_000
 
@@ -34,6 +35,7 @@ class Entry:
     at: float = 0.0
     started_at: float = 0.0
     arrivals: int = 0
+    pulse: Pulse = field(default_factory=Pulse)
 
 
 @dataclass(slots=True)

@@ -53,6 +53,14 @@ class Router:
             return []
         return serving.serve(self._desk, instance, now)
 
+    def heeding(self, lease: Lease) -> None:
+        """The next event of its stream is waited for. Silence counts from here to `progressed`."""
+        lease.pulse.heed(self._desk.awake.now)
+
+    def progressed(self, lease: Lease, tokens: int) -> None:
+        """An event of its stream came, with so many tokens. Both are called for each event: under 1 µs together."""
+        lease.pulse.beat(tokens, self._desk.awake.now)
+
     def release(self, lease: Lease, outcome: Outcome, now: float) -> list[Effect]:
         """Gives the reservation back. A second release of the same lease does nothing."""
         instance = self.fleet.life(lease.instance_id, lease.incarnation)
@@ -86,6 +94,7 @@ class Router:
     def tick(self, now: float) -> list[Effect]:
         """What time alone does: waits that end, pauses that are over, instances nobody vouches for. To be called every
         50 ms, and again at once while it has effects: one call ends only some of the waits."""
+        self._desk.awake.tick(now)
         effects = serving.expire(self._desk, now)
         for instance in [i for i in self.fleet.instances.values() if i.voices.over(now)]:
             effects += membership.retire(self._desk, instance, "no longer registered")

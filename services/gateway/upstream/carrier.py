@@ -1,17 +1,18 @@
-"""Carries the router's effects out: wakes those who wait, closes channels, sends probes."""
+"""Carries the router's effects out: wakes those who wait, cuts calls, closes channels, sends probes."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import structlog
 from grpc_health.v1 import health_pb2
 
 from registry.endpoint import Endpoint
 from services.gateway.observe import Observe
-from services.gateway.routing.decision import Close, Dispatch, Effect, Eject, Lease, Probe, Refuse
+from services.gateway.routing.decision import Abandon, Close, Dispatch, Effect, Eject, Lease, Probe, Refuse
 from services.gateway.routing.facts import End, Outcome
 from services.gateway.routing.router import Router
 from services.gateway.upstream.channels import Channels
@@ -35,6 +36,7 @@ class Carrier:
         self.changed = asyncio.Event()  # replaced at each change of the fleet
         self._observe = observe
         self._waiters: dict[int, asyncio.Future[Dispatch | Refuse]] = {}
+        self._calls: dict[int, Any] = {}  # of leases, by their seq
         self._probes: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._effects: deque[Effect] = deque()
         self._doing = False
@@ -61,6 +63,8 @@ class Carrier:
             self.touch()
         elif isinstance(effect, Probe):
             self._probe(effect.instance_id)
+        elif isinstance(effect, Abandon):
+            self._abandon(effect)
         elif isinstance(effect, Close):
             self.channels.close(effect.instance_id, effect.incarnation)
             self.touch()
@@ -74,6 +78,20 @@ class Carrier:
         effects = self.router.release(lease, outcome, self.now())
         if effects:
             self.do(effects)
+
+    def attach(self, lease: Lease, call: Any) -> None:
+        """The grpc call of a lease, so that the router can have it cut; until `detach`."""
+        self._calls[lease.seq] = call
+
+    def detach(self, lease: Lease) -> None:
+        self._calls.pop(lease.seq, None)
+
+    def _abandon(self, effect: Abandon) -> None:
+        """Whoever reads the call gets a CancelledError that is not his own: INSTANCE_LOST."""
+        call = self._calls.pop(effect.seq, None)
+        if call is not None:
+            log.warning("call abandoned", seq=effect.seq, why=effect.why)
+            call.cancel()
 
     async def wait(self, ticket: int) -> Dispatch | Refuse:
         """Until the router answers for the ticket. Cancelling gives place and, if it just came, lease back."""

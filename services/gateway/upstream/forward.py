@@ -168,6 +168,8 @@ class Exchange:
         if self._finished:
             raise StopAsyncIteration
         try:
+            if self._lease is not None:
+                self._carrier.router.heeding(self._lease)
             raw = await self._call.read()
             if raw is grpc.aio.EOF:
                 self._finish(None)
@@ -245,6 +247,7 @@ class Exchange:
             raise MeshError(Reason.DEADLINE_EXCEEDED, "the deadline passed before an instance was called")
         dial = carrier.channels.open(endpoint).calls[method]
         call = self._call = dial(request, timeout=timeout, metadata=self._metadata(lease, endpoint))
+        carrier.attach(lease, call)
         first = await call.read() if method.streams else await call
         if first is grpc.aio.EOF:
             raise MeshError(Reason.ENGINE_FAILED, f"{endpoint.id} ended the answer before it began")
@@ -256,7 +259,10 @@ class Exchange:
         self.identity = Identity(endpoint.id, endpoint.model, self.attempts, lease.record.degraded_from)
         self._note(message)
         if method.streams and self._context.collected:
-            while (raw := await call.read()) is not grpc.aio.EOF:
+            while True:
+                carrier.router.heeding(lease)
+                if (raw := await call.read()) is grpc.aio.EOF:
+                    break
                 self._ahead.append(Event(raw, method.response.FromString(raw)))
                 self._note(self._ahead[-1].message)
             self._finish(None)
@@ -292,8 +298,9 @@ class Exchange:
     def _note(self, message: Any) -> None:
         """Counts what an event carries."""
         if self._method.streams:
-            for delta in message.deltas:
-                self._tokens += len(delta.token_ids)
+            self._tokens += (tokens := sum(len(delta.token_ids) for delta in message.deltas))
+            if self._lease is not None:
+                self._carrier.router.progressed(self._lease, tokens)
         elif self._method.kind == "llm":
             return
         if message.HasField("usage"):
@@ -336,6 +343,7 @@ class Exchange:
             self._spans.attempt_ended(word(failure), failure is not None)
         if lease is None:
             return
+        self._carrier.detach(lease)
         now = self._carrier.now()
         usage = self._usage
         outcome = Outcome(
