@@ -10,11 +10,12 @@ What fails raises `MeshError`, whose `reason` is of a closed list. Needs grpcio 
 
 from infermesh.client.aio import AsyncClient
 from infermesh.client.requests import SamplingOptions
-from infermesh.client.results import Choice, Chunk, Completion, Embeddings, Hit, Rerank, Served, ToolCall
+from infermesh.client.results import Answer, Choice, Chunk, Completion, Embeddings, Hit, Rerank, Served, ToolCall
 from infermesh.client.sync import Client
 from infermesh.errors import MeshError, Reason
 
 __all__ = [
+    "Answer",
     "AsyncClient",
     "Choice",
     "Chunk",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -10,10 +12,15 @@ from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import inference_pb2 as inf
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
+from infermesh.v1 import retrieve_pb2 as rt
 
 Messages = str | Sequence[Mapping[str, Any] | lm.Message]
 TextOrIds = str | Sequence[int]
 Inputs = str | Sequence[str] | Sequence[Sequence[int]]
+
+
+# A text, or {id, text, vector, document_id, position}; `vector`: floats, or packed float32 as bytes.
+Passage = str | Mapping[str, Any] | rt.Passage
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -153,6 +160,48 @@ def rerank_request(
     )
 
 
+_ANSWER = (
+    *("rerank_top", "chat_model", "embedding_model", "rerank_model", "instructions", "question_task", "passage_task"),
+)
+
+
+def answer_request(question: str, passages: Iterable[Passage], options: Mapping[str, Any]) -> rt.AnswerRequest:
+    """`options`: fields of AnswerRequest, of chat's options those without a constraint; `shown` is AnswerRequest's
+    top_k, since `top_k` is how to sample."""
+    rest = dict(options)
+    request = rt.AnswerRequest(question=question, top_k=rest.pop("shown", 0))
+    for name in _ANSWER:
+        setattr(request, name, rest.pop(name, request.DESCRIPTOR.fields_by_name[name].default_value))
+    request.candidates.extend(map(passage, passages))
+    request.pinned.extend(map(passage, rest.pop("pinned", ())))
+    template_args = rest.pop("template_args", None)
+    if template_args is not None:
+        request.template_args_json = json.dumps(template_args)
+    _generation(request, rest)
+    return request
+
+
+def passage(given: Passage) -> rt.Passage:
+    """One passage of a request."""
+    if isinstance(given, rt.Passage):
+        return given
+    if isinstance(given, str):
+        return rt.Passage(text=given)
+    fields = dict(given)
+    vector = fields.pop("vector", None)
+    made = rt.Passage(**fields)
+    if vector is not None:
+        made.vector.packed = vector if isinstance(vector, bytes) else _packed(vector)
+    return made
+
+
+def _packed(vector: Iterable[float]) -> bytes:
+    values = array("f", vector)
+    if sys.byteorder == "big":
+        values.byteswap()
+    return values.tobytes()
+
+
 def tokenize_request(text: Messages, model: str, *, add_special_tokens: bool | None = None) -> lm.TokenizeRequest:
     """A text, or a conversation as chat would see it."""
     request = lm.TokenizeRequest(model=model)
@@ -200,8 +249,8 @@ def message(turn: Mapping[str, Any] | lm.Message) -> lm.Message:
     return built
 
 
-def _generation(request: lm.ChatRequest | lm.CompleteRequest, options: Mapping[str, Any]) -> None:
-    """Sampling, constraint, hints and delivery."""
+def _generation(request: lm.ChatRequest | lm.CompleteRequest | rt.AnswerRequest, options: Mapping[str, Any]) -> None:
+    """Sampling, hints and delivery, and the constraint where the request takes one."""
     unknown = set(options) - set(Options.__annotations__)
     if unknown:
         raise TypeError(f"no such option: {', '.join(sorted(unknown))}; there are {', '.join(Options.__annotations__)}")
@@ -223,6 +272,10 @@ def _generation(request: lm.ChatRequest | lm.CompleteRequest, options: Mapping[s
             getattr(request.sampling, name).extend([value] if isinstance(value, str) else value)
         else:
             setattr(request.sampling, name, value)
+    if isinstance(request, rt.AnswerRequest):
+        if given:
+            raise TypeError(f"an answer from passages takes no {given[0]}")
+        return
     for name in given:
         if name == "choice":
             request.constraint.choice.SetInParent()  # no choice at all is refused by the mesh, not dropped here

@@ -12,6 +12,7 @@ from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import inference_pb2 as inf
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
+from infermesh.v1 import retrieve_pb2 as rt
 
 FINISH = {
     lm.FINISH_STOP: "stop",
@@ -83,8 +84,8 @@ class Completion:
         """The first choice's text."""
         return self.choices[0].content if self.choices else ""
 
-    def add(self, event: lm.ChatResponse | lm.CompleteResponse) -> None:
-        """Takes one more event of the stream."""
+    def add(self, event: Any) -> lm.ChatResponse | lm.CompleteResponse:
+        """Takes one more event of the stream; returns it as the language model's."""
         if event.HasField("started"):
             self.id, self.model, self.created = event.started.id, event.started.model, event.started.created
             self.prompt_logprobs = list(event.started.prompt_logprobs)
@@ -94,6 +95,21 @@ class Completion:
             _grow(self.choices[delta.choice], delta)
         if event.HasField("usage"):
             self.usage = event.usage
+        return event
+
+
+@dataclass(slots=True)
+class Answer(Completion):
+    """An answer from passages. `[1]` in its text is `cited[0]`; `stages` tells what embedding and reranking did, or
+    why they were skipped."""
+
+    cited: list[rt.Cited] = field(default_factory=list)
+    stages: list[rt.Stage] = field(default_factory=list)
+
+    def add(self, event: Any) -> lm.ChatResponse | lm.CompleteResponse:
+        self.cited += event.cited
+        self.stages += event.stages
+        return Completion.add(self, event.chat)
 
 
 def _grow(choice: Choice, delta: lm.Delta) -> None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Self, Unpack
+from typing import Any, Self, Unpack, cast
 
 import grpc
 
 from infermesh.client import addresses as where
 from infermesh.client import requests
-from infermesh.client.results import Chunk, Completion, Embeddings, Rerank, Served, rerank_result, served
+from infermesh.client.results import Answer, Chunk, Completion, Embeddings, Rerank, Served, rerank_result, served
 from infermesh.transport import channel_options
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
@@ -20,6 +20,7 @@ from infermesh.v1.embedding_pb2_grpc import EmbeddingServiceStub
 from infermesh.v1.language_model_pb2_grpc import LanguageModelServiceStub
 from infermesh.v1.mesh_pb2_grpc import MeshServiceStub
 from infermesh.v1.rerank_pb2_grpc import RerankServiceStub
+from infermesh.v1.retrieve_pb2_grpc import RetrieveServiceStub
 
 IN_FLIGHT = 8  # batches of an embed_stream that wait for their vectors
 
@@ -198,6 +199,24 @@ class Client:
         reply, who = self._unary(lambda channel: RerankServiceStub(channel).Rerank, request, timeout)
         return rerank_result(reply, who)
 
+    def answer(
+        self, question: str, passages: Iterable[requests.Passage], *, timeout: float | None = None, **options: Any
+    ) -> Answer:
+        """Answers from passages, of which the mesh picks the best by vectors and reranker.
+
+        Options: those of `chat`; shown (how many passages the model gets), pinned (passages that it gets in any case,
+        first), rerank_top, instructions, question_task, passage_task; chat_model, embedding_model and rerank_model,
+        each of which may be left out where one is served.
+        """
+        request = requests.answer_request(question, passages, {"min_interval_ms": 250, **options})
+        return cast(Answer, self._collect(_answer, request, timeout, Answer))
+
+    def answer_stream(
+        self, question: str, passages: Iterable[requests.Passage], *, timeout: float | None = None, **options: Any
+    ) -> Iterator[Chunk]:
+        """The same, as it is made; `chunk.so_far` is an `Answer`."""
+        return self._stream(_answer, requests.answer_request(question, passages, options), timeout, Answer)
+
     # ---- the mesh
 
     def instances(self, *, kind: str = "", model: str = "", timeout: float | None = None) -> list[mesh_pb2.Instance]:
@@ -249,22 +268,27 @@ class Client:
             return reply, served(_pairs(call.initial_metadata()))
         raise AssertionError("there is at least one address")
 
-    def _stream(self, method: Callable[[grpc.Channel], Any], request: Any, timeout: float | None) -> Iterator[Chunk]:
+    def _stream(
+        self,
+        method: Callable[[grpc.Channel], Any],
+        request: Any,
+        timeout: float | None,
+        begin: type[Completion] = Completion,
+    ) -> Iterator[Chunk]:
         seconds = self._seconds(timeout)
         started = time.monotonic()
         order = self._rotation.order()
         for index in order:
             left = None if seconds is None else seconds - (time.monotonic() - started)
             call = method(self._channel(index))(request, timeout=left, metadata=self._metadata)
-            answer, begun = Completion(), False
+            answer, begun = begin(), False
             try:
                 for event in call:
                     if not begun:
                         begun = True
                         self._rotation.answered(index)
                         answer.served = served(_pairs(call.initial_metadata()))
-                    answer.add(event)
-                    yield Chunk(event, answer)
+                    yield Chunk(answer.add(event), answer)
                 return
             except grpc.RpcError as failed:
                 error: Any = failed
@@ -274,9 +298,15 @@ class Client:
             finally:
                 call.cancel()
 
-    def _collect(self, method: Callable[[grpc.Channel], Any], request: Any, timeout: float | None) -> Completion:
-        answer = Completion()
-        for chunk in self._stream(method, request, timeout):
+    def _collect(
+        self,
+        method: Callable[[grpc.Channel], Any],
+        request: Any,
+        timeout: float | None,
+        begin: type[Completion] = Completion,
+    ) -> Completion:
+        answer = begin()
+        for chunk in self._stream(method, request, timeout, begin):
             answer = chunk.so_far
         return answer
 
@@ -302,6 +332,10 @@ def _chat(channel: grpc.Channel) -> Any:
 
 def _complete(channel: grpc.Channel) -> Any:
     return LanguageModelServiceStub(channel).Complete
+
+
+def _answer(channel: grpc.Channel) -> Any:
+    return RetrieveServiceStub(channel).Answer
 
 
 def _pairs(metadata: Any) -> list[tuple[str, str | bytes]]:

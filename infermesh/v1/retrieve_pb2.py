@@ -26,7 +26,7 @@ from infermesh.v1 import inference_pb2 as infermesh_dot_v1_dot_inference__pb2
 from infermesh.v1 import language_model_pb2 as infermesh_dot_v1_dot_language__model__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binfermesh/v1/retrieve.proto\x12\x0cinfermesh.v1\x1a\x1cinfermesh/v1/inference.proto\x1a!infermesh/v1/language_model.proto\"\x9c\x02\n\rAnswerRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12)\n\ncandidates\x18\x02 \x03(\x0b\x32\x15.infermesh.v1.Passage\x12\x12\n\nrerank_top\x18\x03 \x01(\r\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x12\n\nchat_model\x18\x05 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x06 \x01(\t\x12\x14\n\x0crerank_model\x18\x07 \x01(\t\x12(\n\x08sampling\x18\x08 \x01(\x0b\x32\x16.infermesh.v1.Sampling\x12\"\n\x05hints\x18\t \x01(\x0b\x32\x13.infermesh.v1.Hints\x12\x14\n\x0cinstructions\x18\n \x01(\tJ\x04\x08\x0b\x10\x32\"I\n\x07Passage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x06vector\x18\x03 \x01(\x0b\x32\x14.infermesh.v1.Vector\"^\n\x0e\x41nswerResponse\x12\"\n\x05\x63ited\x18\x01 \x03(\x0b\x32\x13.infermesh.v1.Cited\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1a.infermesh.v1.ChatResponse\"\"\n\x05\x43ited\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x32X\n\x0fRetrieveService\x12\x45\n\x06\x41nswer\x12\x1b.infermesh.v1.AnswerRequest\x1a\x1c.infermesh.v1.AnswerResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1binfermesh/v1/retrieve.proto\x12\x0cinfermesh.v1\x1a\x1cinfermesh/v1/inference.proto\x1a!infermesh/v1/language_model.proto\"\xb6\x03\n\rAnswerRequest\x12\x10\n\x08question\x18\x01 \x01(\t\x12)\n\ncandidates\x18\x02 \x03(\x0b\x32\x15.infermesh.v1.Passage\x12\x12\n\nrerank_top\x18\x03 \x01(\r\x12\r\n\x05top_k\x18\x04 \x01(\r\x12\x12\n\nchat_model\x18\x05 \x01(\t\x12\x17\n\x0f\x65mbedding_model\x18\x06 \x01(\t\x12\x14\n\x0crerank_model\x18\x07 \x01(\t\x12(\n\x08sampling\x18\x08 \x01(\x0b\x32\x16.infermesh.v1.Sampling\x12\"\n\x05hints\x18\t \x01(\x0b\x32\x13.infermesh.v1.Hints\x12\x14\n\x0cinstructions\x18\n \x01(\t\x12%\n\x06pinned\x18\x0b \x03(\x0b\x32\x15.infermesh.v1.Passage\x12\x15\n\rquestion_task\x18\x0c \x01(\t\x12\x14\n\x0cpassage_task\x18\r \x01(\t\x12(\n\x08\x64\x65livery\x18\x0e \x01(\x0b\x32\x16.infermesh.v1.Delivery\x12\x1a\n\x12template_args_json\x18\x0f \x01(\tJ\x04\x08\x10\x10\x32\"p\n\x07Passage\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12$\n\x06vector\x18\x03 \x01(\x0b\x32\x14.infermesh.v1.Vector\x12\x13\n\x0b\x64ocument_id\x18\x04 \x01(\t\x12\x10\n\x08position\x18\x05 \x01(\r\"\x83\x01\n\x0e\x41nswerResponse\x12\"\n\x05\x63ited\x18\x01 \x03(\x0b\x32\x13.infermesh.v1.Cited\x12(\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x1a.infermesh.v1.ChatResponse\x12#\n\x06stages\x18\x03 \x03(\x0b\x32\x13.infermesh.v1.Stage\"G\n\x05\x43ited\x12\n\n\x02id\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x13\n\x0b\x64ocument_id\x18\x03 \x01(\t\x12\x0e\n\x06pinned\x18\x04 \x01(\x08\"k\n\x05Stage\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x13\n\x0binstance_id\x18\x03 \x01(\t\x12\x0f\n\x07seconds\x18\x04 \x01(\x02\x12\x0e\n\x06tokens\x18\x05 \x01(\r\x12\x0f\n\x07skipped\x18\x06 \x01(\t2X\n\x0fRetrieveService\x12\x45\n\x06\x41nswer\x12\x1b.infermesh.v1.AnswerRequest\x1a\x1c.infermesh.v1.AnswerResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,13 +34,15 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'infermesh.v1.retrieve_pb2',
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_ANSWERREQUEST']._serialized_start=111
-  _globals['_ANSWERREQUEST']._serialized_end=395
-  _globals['_PASSAGE']._serialized_start=397
-  _globals['_PASSAGE']._serialized_end=470
-  _globals['_ANSWERRESPONSE']._serialized_start=472
-  _globals['_ANSWERRESPONSE']._serialized_end=566
-  _globals['_CITED']._serialized_start=568
-  _globals['_CITED']._serialized_end=602
-  _globals['_RETRIEVESERVICE']._serialized_start=604
-  _globals['_RETRIEVESERVICE']._serialized_end=692
+  _globals['_ANSWERREQUEST']._serialized_end=549
+  _globals['_PASSAGE']._serialized_start=551
+  _globals['_PASSAGE']._serialized_end=663
+  _globals['_ANSWERRESPONSE']._serialized_start=666
+  _globals['_ANSWERRESPONSE']._serialized_end=797
+  _globals['_CITED']._serialized_start=799
+  _globals['_CITED']._serialized_end=870
+  _globals['_STAGE']._serialized_start=872
+  _globals['_STAGE']._serialized_end=979
+  _globals['_RETRIEVESERVICE']._serialized_start=981
+  _globals['_RETRIEVESERVICE']._serialized_end=1069
 # @@protoc_insertion_point(module_scope)

@@ -45,7 +45,8 @@ class RetrieveServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def Answer(self, request, context):
-        """Embeds the question, ranks the caller's candidates, reranks the best and answers from the top k: one trace, one deadline.
+        """Ranks the caller's candidates by their vectors, reranks the best of them and answers from those that are left: one
+        trace, one deadline, each stage on its own tier. See AnswerRequest for what happens when a stage fails.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -29,6 +29,7 @@ from services.chassis.settings import split_address
 from services.chassis.signals import Stop
 from services.gateway.config import GatewaySettings
 from services.gateway.front import rpc
+from services.gateway.front.answer import Answer
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.front.http_server import HttpServer, build_http_server
 from services.gateway.front.mesh import MESH, Mesh
@@ -151,7 +152,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     )
     server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)
     door = rpc.Door(forwarder, keys, observe)
-    server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door)))
+    server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door), Answer(door, directory)))
     mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys), server.grpc)
     return Gateway(settings, server, forwarder, directory, carrier, observe, keys, registry)
 

@@ -106,7 +106,9 @@ def identity(reply: Reply, call: Call) -> tuple[tuple[str, str], ...]:
     return (*pairs, (DEGRADED_KEY, who.degraded)) if who.degraded else pairs
 
 
-def handlers(door: Door, embed_stream: Callable[..., Awaitable[None]]) -> tuple[grpc.GenericRpcHandler, ...]:
+def handlers(
+    door: Door, embed_stream: Callable[..., Awaitable[None]], answer: Callable[..., Awaitable[None]]
+) -> tuple[grpc.GenericRpcHandler, ...]:
     """The model services. Handlers take and give bytes: no message is encoded twice."""
     services: dict[str, dict[str, grpc.RpcMethodHandler]] = {}
     for method in Method:
@@ -117,7 +119,11 @@ def handlers(door: Door, embed_stream: Callable[..., Awaitable[None]]) -> tuple[
         await embed_stream(requests, context)
 
     services[EMBEDDING]["EmbedStream"] = grpc.stream_stream_rpc_method_handler(stream)
-    services[RETRIEVE] = {"Answer": grpc.unary_stream_rpc_method_handler(_no_answer)}
+
+    async def answers(request: bytes, context: Context) -> None:
+        await answer(request, context)
+
+    services[RETRIEVE] = {"Answer": grpc.unary_stream_rpc_method_handler(answers)}
     return tuple(grpc.method_handlers_generic_handler(name, methods) for name, methods in services.items())
 
 
@@ -133,7 +139,3 @@ def _handler(door: Door, method: Method) -> grpc.RpcMethodHandler:
         return await door.unary(method, request, context)
 
     return grpc.unary_unary_rpc_method_handler(unary)
-
-
-async def _no_answer(request: bytes, context: Context) -> None:
-    await abort(context, MeshError(Reason.UNIMPLEMENTED, "RetrieveService.Answer is not served by this version"))
