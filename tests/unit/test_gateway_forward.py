@@ -18,6 +18,7 @@ from registry.port import Entry, Snapshot
 from services.chassis.keys import Keys
 from services.gateway.config import Limits
 from services.gateway.front import rpc
+from services.gateway.front.answer import Answer
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.upstream.calls import Call, Caller, Method
 from tests.kit.fake_instance import FakeInstance, fake_instance
@@ -168,7 +169,7 @@ async def test_embed_stream_keeps_order_inherits_and_is_bounded() -> None:
     async with fake_instance("e", kind="embedding") as e, upstream(e) as up:
         server = grpc.aio.server()
         door = rpc.Door(up.forwarder, Keys(), up.carrier._observe)
-        server.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door)))
+        server.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door), Answer(door, up.directory)))
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
