@@ -1,0 +1,97 @@
+"""One call of one instance under one lease: begun, read, ended once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc.aio
+
+from infermesh.errors import MeshError, Reason
+from registry.endpoint import Endpoint
+from services.chassis.identity import INSTANCE_KEY
+from services.gateway.routing.decision import Lease
+from services.gateway.routing.facts import Outcome
+from services.gateway.upstream.calls import Event, Method
+from services.gateway.upstream.carrier import Carrier
+from services.gateway.upstream.failures import end
+
+
+class Attempt:
+    """`tokens` it has brought, `ttft_s` from the request's beginning to its first event, `usage` as it told."""
+
+    __slots__ = ("_begun", "_call", "_carrier", "_method", "endpoint", "lease", "tokens", "ttft_s", "usage")
+
+    def __init__(self, carrier: Carrier, method: Method, lease: Lease, endpoint: Endpoint, begun: float) -> None:
+        """`begun`: when the request came, on the carrier's clock."""
+        self._carrier = carrier
+        self._method = method
+        self._begun = begun
+        self._call: Any = None
+        self.lease = lease
+        self.endpoint = endpoint
+        self.tokens = 0
+        self.ttft_s = 0.0
+        self.usage: Any = None
+
+    async def begin(self, request: bytes, timeout: float, metadata: tuple[tuple[str, str], ...]) -> Event:
+        """Calls the instance and waits for the first event, or the whole answer of a unary method."""
+        carrier, method = self._carrier, self._method
+        dial = carrier.channels.open(self.endpoint).calls[method]
+        call = self._call = dial(request, timeout=timeout, metadata=metadata)
+        carrier.attach(self.lease, call)
+        first = await call.read() if method.streams else await call
+        if first is grpc.aio.EOF:
+            raise MeshError(Reason.ENGINE_FAILED, f"{self.endpoint.id} ended the answer before it began")
+        self._verify(await call.initial_metadata())
+        message = method.response.FromString(first)
+        self.ttft_s = carrier.now() - self._begun
+        carrier.do(carrier.router.started(self.lease, carrier.now()))
+        self._note(message)
+        return Event(first, message)
+
+    async def read(self) -> Event | None:
+        """The next event; None at the end."""
+        self._carrier.router.heeding(self.lease)
+        raw = await self._call.read()
+        if raw is grpc.aio.EOF:
+            return None
+        message = self._method.response.FromString(raw)
+        self._note(message)
+        return Event(raw, message)
+
+    def end(self, failure: BaseException | None) -> None:
+        """Cuts the call if it still runs, and gives the lease back."""
+        call, self._call = self._call, None
+        if call is not None and not call.done():
+            call.cancel()
+        self._carrier.detach(self.lease)
+        usage = self.usage
+        outcome = Outcome(
+            end(failure),
+            failure.reason if isinstance(failure, MeshError) else None,
+            usage.prompt_tokens if usage is not None else 0,
+            usage.completion_tokens if usage is not None else self.tokens,
+            self.ttft_s,
+            self._carrier.now() - self._begun,
+            usage.cached_tokens if usage is not None and self._method.streams else None,
+        )
+        self._carrier.release(self.lease, outcome)
+
+    def _verify(self, initial: Any) -> None:
+        """It must be the instance that was picked."""
+        answered = (initial or {}).get(INSTANCE_KEY, "")
+        if answered != self.endpoint.id:
+            said = answered or "nobody"
+            message = f"{self.endpoint.address} answered as {said}, registered is {self.endpoint.id}"
+            raise MeshError(Reason.INSTANCE_LOST, message)
+
+    def _note(self, message: Any) -> None:
+        """Counts what an event carries."""
+        if self._method.streams:
+            tokens = sum(len(delta.token_ids) for delta in message.deltas)
+            self.tokens += tokens
+            self._carrier.router.progressed(self.lease, tokens)
+        elif self._method.kind == "llm":
+            return
+        if message.HasField("usage"):
+            self.usage = message.usage
