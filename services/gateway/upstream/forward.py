@@ -56,4 +56,3 @@ class Forwarder:
         self.observe.in_flight.set(self.budget.live)
         if not self.budget.live:
             self.idle.set()
-
