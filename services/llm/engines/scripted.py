@@ -21,6 +21,7 @@ from services.llm.engine import EngineInfo, Event
 from services.llm.engines.scripted_answer import Answer, replay
 from services.llm.engines.scripted_batch import Batch, Job, Pace
 from services.llm.engines.scripted_cache import BLOCK, Blocks
+from services.llm.engines.scripted_faults import Faults
 from services.llm.engines.scripted_text import Words
 from services.llm.settings import LlmSettings
 from services.llm.window import OutOfWindow, Window
@@ -57,15 +58,19 @@ class ScriptedEngine:
         self._model = settings.model
         self._device = settings.device or "cpu"
         self._words = Words()
+        self._faults = Faults(settings.scripted.fault_file)
         self._kick = asyncio.Event()
-        self._stepping: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
         self._over = asyncio.Event()
 
     async def start(self, progress: Callable[[str], None]) -> EngineInfo:
         if self._options.fail_start:
             raise MeshError(Reason.FAILED_PRECONDITION, "the scripted engine was told to fail at start")
-        self._stepping = asyncio.create_task(self._step_on())
-        self._stepping.add_done_callback(lambda task: self._over.set())
+        self._tasks = [asyncio.create_task(self._step_on())]
+        if self._options.fault_file is not None:
+            self._tasks.append(asyncio.create_task(self._faults.watch()))
+        for task in self._tasks:
+            task.add_done_callback(lambda task: self._over.set())
         return EngineInfo(
             engine="scripted",
             engine_version=infermesh.__version__,
@@ -134,12 +139,13 @@ class ScriptedEngine:
 
     async def died(self) -> str:
         await self._over.wait()
-        return "the scripted engine's loop broke"
+        broken = [str(task.exception()) for task in self._tasks if task.done() and not task.cancelled()]
+        return f"the scripted engine's loop broke: {', '.join(broken)}"
 
     async def close(self) -> None:
-        if self._stepping is not None:
-            self._stepping.cancel()
-            await asyncio.wait({self._stepping})
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     async def _step_on(self) -> None:
         """One task steps the batch; a step lasts as long as the model says, whatever computing it cost us."""
@@ -152,7 +158,8 @@ class ScriptedEngine:
                 await self._kick.wait()
                 over = clock()
                 continue
-            over = max(over, clock() - MAX_LAG_S) + step.seconds
+            seconds = await self._faults.step(step.seconds)
+            over = max(over, clock() - MAX_LAG_S) + seconds
             await asyncio.sleep(max(0.0, over - clock()))
             self._batch.finish(step)
 
@@ -198,6 +205,7 @@ class ScriptedEngine:
 
     async def _run(self, answer: Answer, request: lm.ChatRequest | lm.CompleteRequest) -> AsyncIterator[Event]:
         relay = request.relay
+        silent_from = self._faults.enter()
         done = replay(answer, relay.resume.token_ids)
         ready = asyncio.Event()
         job = Job(
@@ -226,6 +234,8 @@ class ScriptedEngine:
             while not answer.over:
                 await ready.wait()
                 ready.clear()
+                if silent_from is not None and job.made >= silent_from:
+                    await self._over.wait()
                 event = answer.event(job.made - told, job.cached)
                 told = job.made
                 yield event
