@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench compat constraints clean
+.PHONY: help up test setup check protos bench compat faults constraints clean
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -10,6 +10,8 @@ SETUP = $(PY) deploy/setup/install.py
 BIN = .venv/bin
 # What to test: make test T=tests/unit/test_x.py; how: make test ARGS="-x -k name"
 T ?=
+# Which rows of the fault matrix: make faults ROW=21
+ROW ?=
 ARGS ?=
 
 help: ## show this
@@ -49,6 +51,10 @@ compat: ## prove that stubs and client work on the oldest and newest protobuf an
 bench: ## what the gateway costs, measured here (ARGS="--write" puts it into docs/bench.md)
 	@$(SETUP) main
 	@exec $(BIN)/python tests/bench/gateway.py $(ARGS)
+
+faults: ## break things on purpose, a row of the fault matrix each (ROW=21, ROW=1-13; ARGS="--write" for docs/faults.md)
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.fault --row "$(ROW)" $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py

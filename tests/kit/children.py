@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -32,10 +32,10 @@ def infermesh(*words: str, python: str = sys.executable) -> list[str]:
     return [python, "-P", "-m", "infermesh.cli", *words]
 
 
-def environment() -> dict[str, str]:
+def environment(root: Path = ROOT, **more: str) -> dict[str, str]:
     """This one's, with the checkout on the path and nothing of INFERMESH_* that a developer's shell may hold."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("INFERMESH_")}
-    return {**kept, "PYTHONPATH": str(ROOT)}
+    return {**kept, "PYTHONPATH": str(root), **more}
 
 
 def ask(*words: str, timeout_s: float = 60.0, code: int = 0) -> str:
@@ -48,18 +48,21 @@ def ask(*words: str, timeout_s: float = 60.0, code: int = 0) -> str:
 
 
 class Child:
-    """One of them. `name` is that of its log and its ready file."""
+    """One of them. `name` is that of its log and its ready file; `root` the checkout that it runs."""
 
-    def __init__(self, folder: Path, name: str, words: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path, name: str, words: Sequence[str], *, root: Path = ROOT, env: Mapping[str, str] | None = None
+    ) -> None:
         self.name = name
+        self._asked = False
         self.log = folder / f"{name}.log"
         self._ready = folder / f"{name}.ready.json"
         self._ready.unlink(missing_ok=True)
         with self.log.open("ab") as out:
             self.popen = subprocess.Popen(
                 [*words, "--ready-file", str(self._ready)],
-                cwd=ROOT,
-                env=environment(),
+                cwd=root,
+                env=environment(root, **(env or {})),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -101,6 +104,13 @@ class Child:
         """Its log."""
         return self.log.read_text(errors="replace")
 
+    def freeze(self) -> None:
+        """SIGSTOP: its connections stay, and nobody answers."""
+        self.popen.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.popen.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         """SIGKILL to the process itself, as an out-of-memory killer does; what it started is left to `end`."""
         self.popen.kill()
@@ -113,6 +123,12 @@ class Child:
             os.killpg(self.pid, signal.SIGKILL)
         self.popen.wait()
 
+    def ask(self) -> None:
+        """SIGTERM, once: a second one would mean "at once"."""
+        if not self._asked and not self.ended:
+            self._asked = True
+            self.popen.terminate()
+
     def end(self) -> None:
         """Asks it to leave; nothing of it stays.
 
@@ -120,8 +136,8 @@ class Child:
             AssertionError: it lived, and did not leave well on SIGTERM.
         """
         fault = ""
-        if not self.ended:
-            self.popen.terminate()
+        if not self.ended or self._asked:
+            self.ask()
             try:
                 code = self.popen.wait(LEAVE_S)
                 fault = f"ended with {code}" if code else ""
@@ -143,16 +159,21 @@ class Children:
 
     def start(self, verb: str, *flags: str, name: str = "", python: str = sys.executable) -> Child:
         """Starts one and does not wait for it. A name may be used again once its bearer has ended."""
-        name = name or verb
+        return self.run(name or verb, infermesh(verb, *flags, python=python))
+
+    def run(self, name: str, words: Sequence[str], **how: Any) -> Child:
+        """The same for any command line that takes `--ready-file`; `how` as `Child` takes it."""
         if name in self._all:
             self._all[name].end()
-        child = self._all[name] = Child(self._folder, name, infermesh(verb, *flags, python=python))
+        child = self._all[name] = Child(self._folder, name, words, **how)
         return child
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         faults = []
+        for child in list(self._all.values())[1:]:
+            child.ask()
         for child in reversed(self._all.values()):  # a registry, started first, is left last
             try:
                 child.end()

@@ -1,0 +1,32 @@
+"""All rows, in the order of the matrix."""
+
+from __future__ import annotations
+
+from tests.fault import rows_engine, rows_network, rows_process
+from tests.fault.matrix import Row
+
+ROWS: tuple[Row, ...] = tuple(
+    sorted(
+        (row for module in (rows_engine, rows_network, rows_process) for row in module.ROWS), key=lambda row: row.number
+    )
+)
+
+
+def chosen(text: str) -> list[Row]:
+    """`21`, `1-13`, `3,34-43`, or empty for all.
+
+    Raises:
+        ValueError: no such row, or no such form.
+    """
+    if not text.strip():
+        return list(ROWS)
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            raise ValueError(f"{part!r} is neither a row nor a range of rows, e.g. 21 or 1-13")
+        numbers |= set(range(int(first), int(last or first) + 1))
+    found = [row for row in ROWS if row.number in numbers]
+    if not found:
+        raise ValueError(f"no such row; there are {', '.join(str(row.number) for row in ROWS)}")
+    return found
