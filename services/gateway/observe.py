@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import structlog
@@ -11,6 +12,7 @@ from prometheus_client.exposition import choose_encoder
 from infermesh.errors import MeshError
 from services.gateway.loop import WINDOW_S, HoldMeter
 from services.gateway.routing.decision import Record
+from services.gateway.routing.facts import Facts
 from services.gateway.tracing import Spans, Tracing
 
 OK = "ok"
@@ -20,8 +22,20 @@ log = structlog.get_logger("request")
 
 
 @dataclass(frozen=True, slots=True)
+class Tried:
+    """One decision for a request, and how what it began ended: `ok` or the word of a Reason."""
+
+    record: Record
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
-    """The end of one request. Times in seconds, 0 = never came; `outcome` is `ok` or the word of a Reason."""
+    """The end of one request. Times in seconds, 0 = never came; `outcome` is `ok` or the word of a Reason.
+
+    `record` is the last decision; `tried` has every one, in order, retries and refusals included. `facts` is None where
+    a check turned the request away.
+    """
 
     request_id: str
     method: str
@@ -37,6 +51,8 @@ class Report:
     completion_tokens: int = 0
     cached_tokens: int = 0
     record: Record | None = None
+    tried: tuple[Tried, ...] = ()
+    facts: Facts | None = None
 
 
 class Observe:
@@ -72,6 +88,7 @@ class Observe:
         self.in_flight = Gauge(f"{name}_in_flight", "Requests being served, waiting ones among them.", registry=of)
         self.waiting = Gauge(f"{name}_waiting", "Requests that wait for room.", registry=of)
         self._series: dict[tuple[str, ...], tuple[Counter, Histogram, Histogram]] = {}
+        self.listeners: list[Callable[[Report], None]] = []  # called on the loop at the end of every request
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -108,6 +125,8 @@ class Observe:
         if isinstance(error, MeshError):
             fields["param"] = error.param
         log.info("request", **fields)
+        for listen in self.listeners:
+            listen(report)
 
     def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None:
         """A request that a front turned away before the forwarder saw it."""

@@ -273,3 +273,26 @@ async def test_the_exact_count_of_an_instance_decides_the_next_pick(monkeypatch:
             (True, 5000, 1),
             (True, 5000, 2),
         ]
+
+
+async def test_the_report_tells_every_attempt_in_order() -> None:
+    reports: list[Any] = []
+    async with fake_instance("a", refusing(Reason.ENGINE_FAILED)) as a, fake_instance("b") as b, upstream(a, b) as up:
+        up.forwarder.observe.listeners.append(reports.append)
+        while not any(report.attempts == 2 for report in reports):
+            await up.chat()
+        found = next(report for report in reports if report.attempts == 2)
+        assert [(t.record.chosen, t.outcome) for t in found.tried] == [("a", "engine_failed"), ("b", "ok")]
+        assert found.record is found.tried[-1].record and ("a", "excluded") in found.record.rejected
+        assert (found.facts.model, found.facts.excluded) == ("m", {"a"})
+    reports.clear()
+    async with upstream() as up:
+        up.forwarder.observe.listeners.append(reports.append)
+        for bad in (lm.ChatRequest(), request()):
+            with pytest.raises(MeshError):
+                async with up.forwarder.open(Method.CHAT, bad, Call(REQUEST_ID)):
+                    pass
+        assert [(r.facts is None, [t.outcome for t in r.tried]) for r in reports] == [
+            (True, []),
+            (False, [reports[1].outcome]),
+        ]

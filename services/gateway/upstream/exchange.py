@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from infermesh.errors import MeshError, Reason
 from registry.endpoint import Endpoint
 from services.chassis.identity import REQUEST_KEY
-from services.gateway.observe import Report
+from services.gateway.observe import Report, Tried
 from services.gateway.routing import failover
 from services.gateway.routing.decision import Lease, Record, Refuse, Wait
 from services.gateway.routing.facts import Facts
@@ -37,7 +37,7 @@ class Exchange:
     __slots__ = (
         "_ahead", "_attempt", "_begun", "_carrier", "_context", "_deadline", "_endpoint", "_events", "_facts",
         "_finished", "_first", "_forwarder", "_last", "_method", "_record", "_request", "_reserved", "_retrying",
-        "_spans", "_spent", "attempts", "identity",
+        "_spans", "_spent", "_tried", "attempts", "identity",
     )  # fmt: skip
 
     def __init__(self, forwarder: Forwarder, method: Method, request: Any, call: Call) -> None:
@@ -53,6 +53,7 @@ class Exchange:
         self._endpoint: Endpoint | None = None  # called last
         self._record: Record | None = None
         self._facts: Facts
+        self._tried: list[Tried] = []
         self._spent = 0  # attempts that may have begun work
         self._events = 0  # that the caller has
         self._reserved = 0
@@ -152,6 +153,7 @@ class Exchange:
         carrier = self._carrier
         decision = carrier.router.pick(self._facts, carrier.now(), self._forwarder.draw.random())
         if isinstance(decision, Wait):
+            self._record = decision.record  # all there will be, should the caller leave meanwhile
             gauge = self._forwarder.observe.waiting
             gauge.inc()
             try:
@@ -160,6 +162,7 @@ class Exchange:
                 gauge.dec()
         if isinstance(decision, Refuse):
             self._record = decision.record
+            self._tried.append(Tried(decision.record, decision.reason.value))
             raise refusal(decision, failure)
         self._record = decision.lease.record
         return decision.lease
@@ -208,6 +211,7 @@ class Exchange:
 
     def _after(self, lease: Lease, failure: MeshError, error: BaseException) -> None:
         """After a failed attempt: gives the lease back, then either prepares the next one or raises the failure."""
+        self._tried.append(Tried(lease.record, failure.reason.value))
         self._release(failure)
         self._ahead.clear()
         self._last = None
@@ -253,6 +257,8 @@ class Exchange:
         self._finished = True
         forwarder, caller, last = self._forwarder, self._context.caller, self._last
         self._stop_retrying()
+        if self._attempt is not None:
+            self._tried.append(Tried(self._attempt.lease.record, word(error)))
         self._release(error)
         forwarder.leave()
         usage = last.usage if last is not None else None
@@ -280,6 +286,8 @@ class Exchange:
             completion_tokens=completion,
             cached_tokens=usage.cached_tokens if usage is not None else 0,
             record=self._record,
+            tried=tuple(self._tried),
+            facts=self._facts if self._record is not None else None,
         )
         forwarder.observe.finished(report, error)
         if self._spans is not None:
