@@ -30,7 +30,11 @@ async def run(settings: LlmSettings) -> int:
 
 def program(settings: LlmSettings, context: InstanceContext) -> Program:
     held = HeldPrefixes()
-    engine = build_engine(settings, held)
+    return program_of(build_engine(settings, held), held, settings, context)
+
+
+def program_of(engine: Engine, held: HeldPrefixes, settings: LlmSettings, context: InstanceContext) -> Program:
+    """The service around an engine, which tells `held` of its cache."""
     service = LanguageModelService(engine, context.identity, context.arrivals, context.keys, settings.max_waiting)
 
     def add_services(server: grpc.aio.Server) -> None:
