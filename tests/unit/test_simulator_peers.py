@@ -84,17 +84,17 @@ def test_power_of_two_takes_the_emptier_of_a_pair() -> None:
 
 def test_cache_aware_follows_the_longest_match_over_the_threshold() -> None:
     gateway = peer("cache_aware", "a", "b")
-    assert where(gateway, facts((1, 2, 3, 4))) == "a"  # nothing known: the smallest tree, the first of equals
-    assert where(gateway, facts((9, 8))) == "b"  # nothing matches: the smallest tree
+    assert where(gateway, facts((1, 2, 3, 4))) == "a"  # nothing known, nothing in flight: by chance
+    assert where(gateway, facts((9, 8))) == "b"  # nothing matches: the fewest in flight
     assert where(gateway, facts((1, 2, 3, 5))) == "a"  # 3 of 4
     assert where(gateway, facts((9, 8, 7))) == "b"  # 2 of 3
-    assert where(gateway, facts((1, 20, 30, 40))) == "b"  # 1 of 4 is not over 0.3: the smaller tree
     assert where(gateway, facts((9, 8, 7, 6))) == "b"
+    assert where(gateway, facts((1, 20, 30, 40))) == "a"  # 1 of 4 is not over 0.3; a has 2 in flight, b 3
+    assert where(gateway, facts((50, 60)), 0.9) == "b"  # 3 each: by chance
 
 
 def test_cache_aware_turns_to_the_least_loaded_when_imbalanced() -> None:
     gateway = peer("cache_aware", "a", "b")
-    gateway.active.update(a=64, b=0)
     place(gateway, facts((1, 2)))
     gateway.active.update(a=64, b=0)  # 64 apart is not over 64
     assert where(gateway, facts((1, 2))) == "a"

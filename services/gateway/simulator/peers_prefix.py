@@ -18,8 +18,12 @@ class CacheAware(Peer):
     balance-abs-threshold 64, balance-rel-threshold 1.5, max-tree-size 2^26 characters a worker, eviction each 120 s.
 
     Imbalanced (max - min > 64 and max > 1.5 · min requests in flight): the fewest requests. Else the longest match in
-    an approximate prefix tree of what was sent where, if it covers more than 0.3 of the prompt; else the worker whose
-    tree is smallest. The prompt is then put into the chosen worker's tree.
+    an approximate prefix tree of what was sent where, if it covers more than 0.3 of the prompt; else the fewest
+    requests. The prompt is then put into the chosen worker's tree.
+
+    vllm-router 0.1.17, sglang-router 0.3.2 and smg 1.13.0 do so with a prompt that matches little; their headers still
+    name what they did once, the smallest tree, which is slower. Among equals the first two take the first of their
+    list, whose order is that of a hash map; here it is chance.
     """
 
     THRESHOLD, ABS, REL = 0.3, 64, 1.5
@@ -35,7 +39,7 @@ class CacheAware(Peer):
         loads = [self.active[id] for id in ids]
         low, high = min(loads), max(loads)
         if high - low > self.ABS and high > low * self.REL:
-            return ids[loads.index(low)]
+            return self.fewest(ids, draw)
         best, matched = ids[0], 0
         for id in ids:
             count = _match(self._trees[id], facts.chain)
@@ -43,7 +47,13 @@ class CacheAware(Peer):
                 best, matched = id, count
         if matched and matched / len(facts.chain) > self.THRESHOLD:
             return best
-        return min(ids, key=lambda id: len(self._trees[id]))
+        return self.fewest(ids, draw)
+
+    def fewest(self, ids: list[str], draw: float) -> str:
+        """The fewest requests in flight."""
+        low = min(self.active[id] for id in ids)
+        best = [id for id in ids if self.active[id] == low]
+        return best[int(draw * len(best))]
 
     def sent(self, id: str, lease: Lease, prompt: int, now: float) -> None:
         _remember(self._trees[id], lease.facts.chain)
