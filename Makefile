@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench compat faults constraints clean
+.PHONY: help up test setup check protos bench peers compat faults constraints clean
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -55,6 +55,10 @@ bench: ## what the gateway costs, measured here (ARGS="--write" puts it into doc
 faults: ## break things on purpose, a row of the fault matrix each (ROW=21, ROW=1-13; ARGS="--write" for docs/faults.md)
 	@$(SETUP) main
 	@exec $(BIN)/python -m tests.fault --row "$(ROW)" $(ARGS)
+
+peers: ## stock routers and infermesh in turn before the same scripted engines (TRACE=trace.jsonl ARGS="--write")
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.bench.peers --trace "$(TRACE)" $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py
