@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 
-from deploy.fleet.checks import Fault, FleetError, parse_fleet, unserved
+from deploy.fleet.checks import FleetError, parse_fleet, unserved
+from deploy.fleet.faults import Fault
 from deploy.fleet.values import Fleet, Gateway, Instance, Model, Node, PromptTemplate, Speed
 
 __all__ = [

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from deploy.fleet.faults import Fault, hint, known
+from deploy.fleet.routing import routing_faults
 from deploy.fleet.values import ENGINES_OF, Fleet, Instance, Later, Node, Speed
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """One thing wrong: where (models[0].kind), and what is allowed there."""
-
-    path: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.message}"
 
 
 class FleetError(ValueError):
@@ -88,8 +77,6 @@ def _contradictions(fleet: Fleet) -> Iterator[Fault]:
         for number, alias in enumerate(model.aliases):
             if alias in models:
                 yield Fault(f"{at}.aliases[{number}]", f"{alias!r} is a model's id")
-        if model.fallback is not None:
-            yield from _known(f"{at}.fallback", model.fallback, [m.id for m in fleet.models if m.kind == model.kind])
         if model.chat_template and model.prompt_template:
             yield Fault(f"{at}.chat_template", "excludes prompt_template")
         if model.kind != "llm":
@@ -98,13 +85,14 @@ def _contradictions(fleet: Fleet) -> Iterator[Fault]:
                     yield Fault(f"{at}.{key}", f"is for kind llm, this model is {model.kind}")
         if model.kind != "rerank" and model.scorer != "auto":
             yield Fault(f"{at}.scorer", f"is for kind rerank, this model is {model.kind}")
+    yield from routing_faults(fleet)
     nodes = {node.name: node for node in fleet.nodes}
     for index, instance in enumerate(fleet.instances):
         at = f"instances[{index}]"
         if instance.node:
-            yield from _known(f"{at}.node", instance.node, list(nodes))
+            yield from known(f"{at}.node", instance.node, list(nodes))
         if instance.model not in models:
-            yield from _known(f"{at}.model", instance.model, list(models))
+            yield from known(f"{at}.model", instance.model, list(models))
         else:
             yield from _instance_faults(at, fleet, instance, nodes.get(instance.node))
 
@@ -167,17 +155,6 @@ def _twice(part: str, key: str, names: list[str]) -> Iterator[Fault]:
             yield Fault(f"{part}[{index}].{key}", f"{name!r} is there already, at {part}[{names.index(name)}]")
 
 
-def _known(path: str, name: str, names: list[str]) -> Iterator[Fault]:
-    if name not in names:
-        yield Fault(path, f"{name!r} is not there{_hint(name, names)}")
-
-
-def _hint(word: str, words: list[str]) -> str:
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    meant = f"; did you mean `{close[0]}`?" if close else ""
-    return f"{meant} (allowed: {', '.join(words) or 'none'})"
-
-
 def _fault(item: Any) -> Fault:
     """A pydantic error in our words."""
     path = ""
@@ -185,7 +162,7 @@ def _fault(item: Any) -> Fault:
         path += f"[{step}]" if isinstance(step, int) else f".{step}"
     path = path.lstrip(".")
     if item["type"] == "extra_forbidden":
-        return Fault(path, f"unknown key{_hint(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}")
+        return Fault(path, f"unknown key{hint(str(item['loc'][-1]), _keys_at(item['loc'][:-1]))}")
     if item["type"] == "missing":
         return Fault(path, "is needed")
     given = repr(item["input"])

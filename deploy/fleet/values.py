@@ -17,6 +17,7 @@ ENGINES_OF: dict[str, tuple[str, ...]] = {
 Id = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.:/@-]{0,127}$")]
 InstanceId = Annotated[str, Field(pattern=r"^[a-zA-Z0-9][a-zA-Z0-9_.:-]{0,127}$")]
 Positive = Annotated[float, Field(gt=0, le=1e12)]
+Share = Annotated[float, Field(gt=0, le=1e6)]
 Count = Annotated[int, Field(ge=1, le=4096)]
 
 
@@ -68,7 +69,7 @@ class Model(Part):
     )
     dtype: Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8", "int4"] = "auto"
     aliases: tuple[Id, ...] = ()
-    fallback: Annotated[Id | None, Later("degrading to a fallback model comes with the router")] = None
+    fallback: Id | None = None  # served instead, under pressure and where a request allows it
     max_context: Annotated[int, Field(ge=0, le=1 << 31)] = 0  # tokens, prompt + answer; 0 = as the model says
     chat_template: str = ""  # a Jinja file; excludes prompt_template
     prompt_template: PromptTemplate | None = None
@@ -180,13 +181,26 @@ class Device(Part):
 
 
 class Objective(Part):
-    ttft_s: Positive | None = None
-    tpot_ms: Positive | None = None
+    """What a good answer is: `ttft_s` is also when requests that may go to their model's fallback do."""
+
+    ttft_s: Annotated[float, Field(gt=0, le=86_400)] | None = None
+    tpot_ms: Annotated[float, Field(gt=0, le=86_400_000)] | None = None
+
+
+class Variant(Part):
+    """One of the models behind a weighted alias."""
+
+    model: Id
+    weight: Share = 1.0
 
 
 class Routing(Part):
-    objective: Annotated[Objective | None, Later("objectives come with the router")] = None
-    split: Annotated[dict[str, Positive], Later("a split between card classes comes with the router")] = {}
+    """`split`: a node's device -> share of tokens while requests wait. `aliases`: a name and the models behind it, by
+    weight, the same one for all of a session."""
+
+    objective: Objective | None = None
+    split: dict[Annotated[str, Field(pattern=r"^[^=,\s][^=,]{0,127}$")], Share] = {}
+    aliases: dict[Id, Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64)]] = {}
 
 
 class Gateway(Part):

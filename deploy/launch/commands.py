@@ -88,10 +88,25 @@ def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
                     yield Fault(f"{where}.{key}", f"engine {engine} of {instance.id} does not take it")
 
 
-def gateway_command(host: Host, shared: Shared, *, grpc: str, http: str, ready_file: Path) -> Command:
+def gateway_command(fleet: Fleet, host: Host, shared: Shared, *, grpc: str, http: str, ready_file: Path) -> Command:
     argv = [host.python, "-P", "-m", "infermesh.cli", "gateway", "--grpc", grpc, "--http", http]
-    argv += [*_shared(shared), "--ready-file", str(ready_file)]
+    argv += [*_routing(fleet), *_shared(shared), "--ready-file", str(ready_file)]
     return Command(tuple(argv), _environ(host))
+
+
+def _routing(fleet: Fleet) -> Iterator[str]:
+    """The fleet's routing as the gateway's options."""
+    routing, objective = fleet.routing, fleet.routing.objective
+    for model in fleet.models:
+        if model.fallback:
+            yield from ("--fallback", f"{model.id}={model.fallback}")
+    for name, variants in routing.aliases.items():
+        yield from ("--alias", f"{name}={','.join(f'{item.model}:{item.weight!r}' for item in variants)}")
+    for device, share in routing.split.items():
+        yield from ("--split", f"{device}={share!r}")
+    for option, value in (("ttft-s", objective and objective.ttft_s), ("tpot-ms", objective and objective.tpot_ms)):
+        if value:
+            yield from (f"--objective-{option}", repr(value))
 
 
 def instance_command(fleet: Fleet, instance: Instance, host: Host, shared: Shared, ready_file: Path) -> Command:

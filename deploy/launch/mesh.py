@@ -113,7 +113,7 @@ def _programs(fleet: Fleet, instances: Sequence[Instance], host: Host, shared: S
     def ready(id: str) -> Path:
         return run_file.READY / f"{id}.json"
 
-    gateway = gateway_command(host, shared, grpc=where.grpc, http=where.http, ready_file=ready(GATEWAY))
+    gateway = gateway_command(fleet, host, shared, grpc=where.grpc, http=where.http, ready_file=ready(GATEWAY))
     commands = [(GATEWAY, GATEWAY, gateway)]
     for item in instances:
         made = instance_command(fleet, item, host, shared, ready(item.id))

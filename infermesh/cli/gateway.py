@@ -42,6 +42,9 @@ def command(
     objective_ttft_s: Annotated[
         float | None, typer.Option(help="Seconds to the first token that are aimed at.")
     ] = None,
+    objective_tpot_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds between two tokens that are aimed at; a metric judges by it.")
+    ] = None,
     time_granularity_s: Annotated[int | None, typer.Option(help="Prompts see the time rounded down to this.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request.")] = None,
     default_deadline_s: Annotated[float | None, typer.Option(help="For requests that bring none.")] = None,
@@ -87,8 +90,9 @@ def settings_of(given: dict[str, Any]) -> Any:
         },
         "split": dict(_pair("split", text) for text in values.pop("split", ())),
         "ttft_s": values.pop("objective_ttft_s", None),
+        "tpot_ms": values.pop("objective_tpot_ms", None),
     }
-    routing = {name: part for name, part in routing.items() if part}
+    routing = {name: part for name, part in routing.items() if part not in (None, {})}
     parts = {"limits": limits, "queue": queue, "weights": weights, "routing": routing}
     return gateway_settings(**values, **{name: part for name, part in parts.items() if part})
 

@@ -132,15 +132,18 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     key = operator_key(settings)
     salt = _secret(settings.salt_file, "salt_file") or key or "infermesh"
     registry = connect_registry(settings)
-    observe = Observe(Tracing(settings.otlp, gateway_id) if settings.otlp else None)
+    routing = settings.routing
+    tracing = Tracing(settings.otlp, gateway_id) if settings.otlp else None
+    observe = Observe(tracing, ttft_s=routing.ttft_s, tpot_ms=routing.tpot_ms)
     clock = asyncio.get_running_loop().time
     queue = settings.queue
     bounds = Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s)
-    router = Router(clock(), bounds, policy=settings.routing.policy(settings.weights))
+    policy = routing.policy(settings.weights)
+    router = Router(clock(), bounds, policy=policy)
     carrier = Carrier(router, Channels(), observe, clock, f"Bearer {key}" if key else "")
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"
-    directory = Directory(carrier, life, settings.weights)
+    directory = Directory(carrier, life, settings.weights, policy.aliases)
     forwarder = Forwarder(
         carrier,
         observe,

@@ -46,22 +46,37 @@ class Variant(_Part):
 
 
 class Routing(_Part):
-    """`ttft_s`: the wait before the first token beyond which requests that may go to their model's fallback do.
-    `split`: device -> share of tokens while requests wait. `aliases` are sticky for a session."""
+    """`ttft_s`: the wait before the first token beyond which requests that may go to their model's fallback do. With
+    `tpot_ms` (0 = none) it is what the metric of the objective judges answers by. `split`: device -> share of tokens
+    while requests wait. `aliases` are sticky for a session."""
 
     ttft_s: Seconds = 2.0
+    tpot_ms: Annotated[float, Field(ge=0, le=86_400_000)] = 0.0
     split: dict[str, Share] = Field(default_factory=dict)
     fallbacks: dict[str, str] = Field(default_factory=dict)
     aliases: dict[str, Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64)]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
+        found: list[str] = []
         for model, other in self.fallbacks.items():
-            if other == model:
-                raise ValueError(f"fallbacks.{model}: a model is no fallback of itself")
+            found += (
+                f"fallbacks.{model}: {name!r} is a weighted alias" for name in (model, other) if name in self.aliases
+            )
+            way = [model, other]
+            while way[-1] != model and (other := self.fallbacks.get(way[-1], "")) and other not in way[1:]:
+                way.append(other)
+            if way[-1] == model:
+                found.append(f"fallbacks.{model}: goes in a circle: {' -> '.join(way)}")
         for name, variants in self.aliases.items():
-            if any(variant.model in self.aliases for variant in variants):
-                raise ValueError(f"aliases.{name}: an alias names models, not other aliases")
+            models = [variant.model for variant in variants]
+            found += (
+                f"aliases.{name}: {model!r} is an alias, not a model" for model in models if model in self.aliases
+            )
+            if len(set(models)) < len(models):
+                found.append(f"aliases.{name}: names a model twice")
+        if found:
+            raise ValueError("; ".join(found))
         return self
 
     def policy(self, weights: dict[str, float]) -> Policy:

@@ -56,10 +56,12 @@ class Report:
 
 
 class Observe:
-    """One a process. Without an OTLP endpoint, `trace` gives None and costs nothing."""
+    """One a process. Without an OTLP endpoint, `trace` gives None and costs nothing. `ttft_s`, `tpot_ms` (0 = none):
+    what answers are judged by."""
 
-    def __init__(self, tracing: Tracing | None = None) -> None:
+    def __init__(self, tracing: Tracing | None = None, *, ttft_s: float = 2.0, tpot_ms: float = 0.0) -> None:
         self._tracing = tracing
+        self._target_s, self._target_ms = ttft_s, tpot_ms
         self.registry = CollectorRegistry()
         labels = ("method", "model", "instance", "outcome")
         name = "infermesh_gateway"
@@ -80,6 +82,9 @@ class Observe:
             registry=of,
         )
         self._tokens = Counter(f"{name}_tokens", "Tokens, by what they were.", ("model", "type"), registry=of)
+        self._objective = Counter(
+            f"{name}_objective", "Whole LLM answers: met, or the target they missed.", ("model", "verdict"), registry=of
+        )
         self._retries = Counter(f"{name}_retries", "Attempts after the first.", ("reason",), registry=of)
         self._refused = Counter(
             f"{name}_refused", "Refused before forwarding.", ("front", "method", "outcome"), registry=of
@@ -102,6 +107,8 @@ class Observe:
         duration.observe(report.duration_s)
         if report.ttft_s:
             ttft.observe(report.ttft_s)
+        if report.outcome == OK and report.method in ("chat", "complete"):
+            self._objective.labels(report.served_model, self._verdict(report)).inc()
         if report.prompt_tokens:
             self._tokens.labels(report.served_model, "prompt").inc(report.prompt_tokens)
         if report.completion_tokens:
@@ -140,6 +147,14 @@ class Observe:
 
     def ejected(self, instance: str) -> None:
         self._ejections.labels(instance).inc()
+
+    def _verdict(self, report: Report) -> str:
+        """met | ttft | tpot: the first target that the answer missed."""
+        if report.ttft_s > self._target_s:
+            return "ttft"
+        intervals = report.completion_tokens / (report.facts.choices if report.facts else 1) - 1
+        took_ms = 1000 * (report.duration_s - report.ttft_s)
+        return "tpot" if self._target_ms and took_ms > intervals * self._target_ms > 0 else "met"
 
     def _of(self, report: Report) -> tuple[Counter, Histogram, Histogram]:
         """The series of a request. A model that nobody serves gets no series of its own: callers choose the names."""

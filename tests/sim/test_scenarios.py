@@ -126,3 +126,15 @@ def test_gateways_that_share_nothing_do_nearly_as_well_as_one(gateways: int) -> 
     trace = made("requests=800,rps=8,prompt=1500,output=60,prefixes=8,prefix=1024")
     one = mean_ttft(run(trace))
     assert mean_ttft(run(trace, gateways=gateways)) <= one * 1.15
+
+
+@pytest.mark.parametrize("name", ["infermesh", "least_request"])
+def test_a_weighted_alias_shares_requests_out_under_every_policy(name: str) -> None:
+    fleet = (
+        TIERS.rstrip().removesuffix("}") + ", aliases: {chat: [{model: large, weight: 9}, {model: small, weight: 1}]}}"
+    )
+    trace = named(made("requests=600,rps=1,prompt=800,output=10"), "chat")
+    found = simulate(trace, site_of(parse_fleet(fleet)), policy(name), Conditions(), Random(1))
+    small = sum(job.instance == "little" for job in found.jobs)
+    assert 30 <= small <= 95, small
+    assert not any(job.degraded or job.shed for job in found.jobs), "an alias is no degrade"

@@ -97,7 +97,55 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "alias is an id": ({"models": [MODEL, {**MODEL, "id": "n", "aliases": ["m"]}]}, "models[1].aliases[0]: 'm' is"),
     "fallback of another kind": (
         {"models": [{**MODEL, "fallback": "e"}, {"id": "e", "kind": "embedding"}]},
-        "models[0].fallback: 'e' is not there",
+        "models[0].fallback: 'e' is not there (allowed: none)",
+    ),
+    "fallback of itself": (
+        {"models": [{**MODEL, "fallback": "m"}]},
+        "models[0].fallback: a model is no fallback of its",
+    ),
+    "fallbacks in a circle": (
+        {"models": [{**MODEL, "id": i, "fallback": j} for i, j in ("ab", "bc", "cb")]},
+        "models[1].fallback: goes in a circle: b -> c -> b",
+    ),
+    "weighted alias is an id": (
+        {"routing": {"aliases": {"m": [{"model": "m"}]}}},
+        "routing.aliases.m: 'm' is a model's id",
+    ),
+    "weighted alias is an alias": (
+        {"models": [{**MODEL, "aliases": ["n"]}], "routing": {"aliases": {"n": [{"model": "m"}]}}},
+        "routing.aliases.n: 'n' is an alias already, at models[0].aliases",
+    ),
+    "alias of an alias": (
+        {"routing": {"aliases": {"x": [{"model": "m"}], "y": [{"model": "x"}]}}},
+        "routing.aliases.y[0].model: 'x' is an alias; name models by their ids",
+    ),
+    "alias of nothing": (
+        {"routing": {"aliases": {"x": [{"model": "n"}]}}},
+        "routing.aliases.x[0].model: 'n' is not there",
+    ),
+    "alias without models": ({"routing": {"aliases": {"x": []}}}, "routing.aliases.x: "),
+    "variant twice": (
+        {"routing": {"aliases": {"x": [{"model": "m"}, {"model": "m"}]}}},
+        "routing.aliases.x[1].model: 'm' is there already",
+    ),
+    "variants of two kinds": (
+        {
+            "models": [MODEL, {"id": "e", "kind": "embedding"}],
+            "routing": {"aliases": {"x": [{"model": "m"}, {"model": "e"}]}},
+        },
+        "routing.aliases.x[1].model: 'e' is of kind embedding, the first one of kind llm",
+    ),
+    "weight": (
+        {"routing": {"aliases": {"x": [{"model": "m", "weight": 0}]}}},
+        "routing.aliases.x[0].weight: input should be greater than 0, not 0",
+    ),
+    "split of cards that nobody has": (
+        {
+            "nodes": [{"name": "n", "device": "A800-80G"}],
+            "instances": [{"id": "i", "model": "m", "node": "n"}],
+            "routing": {"split": {"A800": 6}},
+        },
+        "routing.split.A800: no node has such cards; did you mean `A800-80G`? (allowed: A800-80G)",
     ),
     "template of an embedding": (
         {"models": [{"id": "e", "kind": "embedding", "tool_parser": "hermes"}]},
@@ -155,8 +203,9 @@ def keys_of(document: Any, schema: dict[str, Any], whole: dict[str, Any]) -> set
         for key, value in document.items() if isinstance(document, dict) else ():
             if key in part.get("properties", {}):
                 found |= {f"{part['title']}.{key}"} | keys_of(value, part["properties"][key], whole)
-            elif isinstance(part.get("additionalProperties"), dict):
-                found |= keys_of(value, part["additionalProperties"], whole)
+            else:  # a mapping of the user's own names
+                for others in (part.get("additionalProperties"), *part.get("patternProperties", {}).values()):
+                    found |= keys_of(value, others, whole) if isinstance(others, dict) else set()
     return found
 
 
@@ -177,10 +226,10 @@ def test_what_waits_for_a_feature_is_refused_by_name() -> None:
     path = ROOT / "deploy" / "examples" / "data-centre.yaml"
     paths = [fault.path for fault in unserved(parse_fleet(path.read_text()))]
     assert paths == [
-        *("models[0].architecture", "models[0].fallback", "models[0].lora"),
+        *("models[0].architecture", "models[0].lora"),
         *("nodes[0].address", "nodes[0].memory_gib", "nodes[0].cpus"),
         *(f"instances[0].{key}" for key in ("telemetry", "min", "max", "resources", "storage", "image", "labels")),
-        *("instances[0].ray_cluster", "gateway.workers", "routing.objective", "routing.split"),
+        *("instances[0].ray_cluster", "gateway.workers"),
         *("devices", "traffic", "rayClusters"),
     ]
 
@@ -247,7 +296,7 @@ def test_every_command_is_understood_by_the_verb_that_it_calls() -> None:
 
     consul = {f"{name}-file": "f" for name in ("token", "ca", "cert", "key")} | {"prefix": "p"}
     all_of_it = Shared("consul://h:1", "k.yaml", "o.key", True, 5, "debug", registry_options=consul)
-    made = [gateway_command(HOST, all_of_it, grpc="127.0.0.1:0", http="127.0.0.1:0", ready_file=Path("r"))]
+    made = [gateway_command(fleet_of(), HOST, all_of_it, grpc="127.0.0.1:0", http="127.0.0.1:0", ready_file=Path("r"))]
     for path in EXAMPLES:
         fleet = parse_fleet(path.read_text())
         made += [instance_command(fleet, item, HOST, all_of_it, Path("run/i.json")) for item in fleet.instances]
@@ -255,6 +304,29 @@ def test_every_command_is_understood_by_the_verb_that_it_calls() -> None:
         verb, words = one.argv[4], list(one.argv[5:])
         assert options(one.argv)["--registry-token-file"] == "f" and options(one.argv)["--registry-prefix"] == "p"
         load(verb).make_context(verb, words)
+
+
+def test_the_fleets_routing_is_the_gateways() -> None:
+    """Through the command line itself: what the file says is what the gateway's router goes by."""
+    from infermesh.cli.gateway import settings_of
+    from infermesh.cli.verbs import load
+
+    tiers = parse_fleet((ROOT / "deploy" / "examples" / "tiers.yaml").read_text())
+    made = gateway_command(tiers, HOST, SHARED, grpc="127.0.0.1:0", http="", ready_file=Path("r"))
+    parsed = load("gateway").make_context("gateway", list(made.argv[5:])).params
+    settings = settings_of({name: value for name, value in parsed.items() if value not in (None, ())})
+    policy = settings.routing.policy({})
+    assert policy.fallbacks == {"large-v1": "small", "large-v2": "small"}
+    assert policy.aliases == {"chat": (("large-v1", 95.0), ("large-v2", 5.0))}
+    assert policy.split == {"A800-80G": 6.0, "H20-96G": 4.0}
+    assert (policy.ttft_s, settings.routing.tpot_ms) == (2.0, 80.0)
+    bare = gateway_command(fleet_of(), HOST, SHARED, grpc="127.0.0.1:0", http="", ready_file=Path("r"))
+    assert not {"--fallback", "--alias", "--split", "--objective-ttft-s", "--objective-tpot-ms"} & set(bare.argv)
+
+
+def test_a_split_by_cards_that_are_detected_is_taken() -> None:
+    fleet = fleet_of(instances=[{"id": "i", "model": "m"}], routing={"split": {"A800-80G": 6}})
+    assert fleet.routing.split == {"A800-80G": 6.0}
 
 
 def test_several_nodes_need_the_name_of_this_one() -> None:

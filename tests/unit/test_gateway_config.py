@@ -28,6 +28,30 @@ def test_every_fault_is_told_with_its_path() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("routing", "told"),
+    [
+        ({"fallbacks": {"a": "a"}}, "fallbacks.a: goes in a circle: a -> a"),
+        ({"fallbacks": {"a": "b", "b": "c", "c": "a"}}, "fallbacks.a: goes in a circle: a -> b -> c -> a"),
+        ({"fallbacks": {"x": "b"}, "aliases": {"x": [{"model": "a"}]}}, "fallbacks.x: 'x' is a weighted alias"),
+        ({"fallbacks": {"a": "x"}, "aliases": {"x": [{"model": "a"}]}}, "fallbacks.a: 'x' is a weighted alias"),
+        ({"aliases": {"x": [{"model": "y"}], "y": [{"model": "a"}]}}, "aliases.x: 'y' is an alias, not a model"),
+        ({"aliases": {"x": [{"model": "a"}, {"model": "a"}]}}, "aliases.x: names a model twice"),
+        ({"aliases": {"x": [{"model": "a", "weight": -1}]}}, "routing.aliases.x.0.weight: "),
+        ({"tpot_ms": -1}, "routing.tpot_ms: "),
+    ],
+)
+def test_routing_that_contradicts_itself(routing: dict[str, object], told: str) -> None:
+    with pytest.raises(ValueError, match="routing") as caught:
+        gateway_settings(routing=routing)
+    assert told in str(caught.value)
+
+
+def test_fallbacks_in_a_chain_are_no_circle() -> None:
+    chain = {"a": "b", "b": "c"}
+    assert gateway_settings(routing={"fallbacks": chain}).routing.fallbacks == chain
+
+
 @pytest.mark.parametrize("where", ["grpc", "http"])
 def test_beyond_loopback_needs_keys_or_the_word(where: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"^{where}: 0\.0\.0\.0 can be reached from other machines: give --keys FILE"):

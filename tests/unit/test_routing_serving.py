@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -260,3 +261,25 @@ def test_same_inputs_same_decisions_and_nothing_leaks(steps: list[tuple[str, int
         assert (ledger.entries, ledger.pending, instance.line.count, r.waiting) == ({}, {}, 0, 0)
         assert (ledger.own_prompt, ledger.own_work, ledger.own_output, ledger.own_slots) == (0, 0, 0, 0)
         assert ledger.own_resident == 0
+
+
+@pytest.mark.parametrize(
+    ("allowed", "degrades"),
+    [
+        ((), True),
+        (("m",), False),
+        (("m", "s"), True),
+        (("m", "tiny"), True),
+        (("m", "beta"), True),
+        (("m", "x"), False),
+    ],
+)
+def test_a_degrade_never_reaches_a_model_that_the_key_may_not_use(allowed: tuple[str, ...], degrades: bool) -> None:
+    """By its id, by an alias of its own, or behind a weighted alias of the key; else it stays where it is."""
+    policy = Policy(ttft_s=2.0, fallbacks={"m": "s"}, aliases={"beta": (("s", 1.0),), "x": (("m", 1.0),)})
+    r = router(endpoint("a"), endpoint("small", model="s", aliases=("tiny",)), policy=policy)
+    for _ in range(3):
+        r.pick(facts(8000), NOW)
+    found = r.pick(facts(1500, degrade=True, allowed=allowed), NOW + 2.5)
+    served = found.lease.record.model if isinstance(found, Dispatch) else "m"
+    assert served == ("s" if degrades else "m"), found

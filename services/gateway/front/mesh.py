@@ -17,6 +17,7 @@ from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.policy import may_serve
 from services.gateway.upstream.calls import InstanceView
 from services.gateway.upstream.directory import Directory
 
@@ -89,12 +90,14 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
         return frozenset(key.models if key is not None else ())
 
     def _instances(self, models: frozenset[str], kind: str, model: str) -> list[ms.Instance]:
+        """Those that may serve a key for `models`; a name asked for may be a weighted alias."""
+        aliases = self._directory.aliases
         return [
             instance_message(view)
             for view in self._directory.instances()
             if (not kind or view.kind == kind)
-            and (not model or view.model == model)
-            and (not models or not models.isdisjoint((view.model, *view.aliases)))
+            and (not model or may_serve((model,), view.model, view.aliases, aliases))
+            and may_serve(models, view.model, view.aliases, aliases)
         ]
 
 

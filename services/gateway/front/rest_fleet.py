@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import orjson
@@ -24,16 +24,16 @@ class Fleet:
     async def models(self, exchange: Exchange) -> None:
         """Every model id of the fleet that the caller may use; an alias is an entry of its own."""
         views = self._directory.models()
-        data = [entry for view in views for entry in _entries(view) if _may(exchange, entry["id"])]
+        data = [entry for view in views for entry in _entries(view, exchange.caller.models)]
         await exchange.respond(orjson.dumps({"object": "list", "data": data}))
 
     async def model(self, exchange: Exchange) -> None:
         wanted = exchange.scope["path_params"]["model"]
         for view in self._directory.models():
-            if wanted in (view.id, *view.aliases) and _may(exchange, wanted):
-                found = next(entry for entry in _entries(view) if entry["id"] == wanted)
-                await exchange.respond(orjson.dumps(found))
-                return
+            for entry in _entries(view, exchange.caller.models):
+                if entry["id"] == wanted:
+                    await exchange.respond(orjson.dumps(entry))
+                    return
         raise MeshError(
             Reason.MODEL_NOT_FOUND, f"no model {wanted[:256]!r} here; GET /v1/models lists them", param="model"
         )
@@ -59,15 +59,17 @@ class Fleet:
         await exchange.respond(orjson.dumps({"version": infermesh.__version__}))
 
 
-def _may(exchange: Exchange, model: str) -> bool:
-    return not exchange.caller.models or model in exchange.caller.models
-
-
 async def no_console(exchange: Exchange) -> None:
     raise MeshError(Reason.NOT_FOUND, "the console is not there yet; use `infermesh instances` or GET /v1/models")
 
 
-def _entries(view: ModelView) -> list[dict[str, Any]]:
+def _entries(view: ModelView, allowed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+    """The entries of a model that a key for the names `allowed` (empty = all) may see; what stands behind an alias is
+    told only to those who may name it."""
+
+    def may(name: str) -> bool:
+        return not allowed or name in allowed
+
     entry: dict[str, Any] = {
         "id": view.id,
         "object": "model",
@@ -77,4 +79,11 @@ def _entries(view: ModelView) -> list[dict[str, Any]]:
     }
     if view.context_max:
         entry["max_model_len"] = view.context_max
-    return [entry, *({**entry, "id": alias, "root": view.id} for alias in view.aliases)]
+    if view.variants and all(may(model) for model, _ in view.variants):
+        entry["variants"] = [{"model": model, "weight": weight} for model, weight in view.variants]
+    if may(view.id):
+        yield entry
+    root = {"root": view.id} if may(view.id) else {}
+    for alias in view.aliases:
+        if may(alias):
+            yield {**entry, "id": alias, **root}

@@ -15,7 +15,7 @@ from services.gateway.routing.estimate import Estimate
 from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
 from services.gateway.routing.ledger import US, Entry
-from services.gateway.routing.policy import Policy, resolve
+from services.gateway.routing.policy import Policy, may_serve, resolve
 from services.gateway.routing.pulse import Awake, Pulse
 from services.gateway.routing.split import Split
 
@@ -51,6 +51,14 @@ class Desk:
         return replace(
             facts, model=resolve(variants, facts, draw, lambda model: (facts.kind, model) in self.fleet.pools)
         )
+
+    def may(self, facts: Facts, model: str) -> bool:
+        """Whether the caller may be served by a model that he did not ask for."""
+        if not facts.allowed:
+            return True
+        pool = self.fleet.pools.get((facts.kind, model), ())
+        own = {alias for instance in pool for alias in instance.endpoint.aliases}
+        return may_serve(facts.allowed, model, own, self.policy.aliases)
 
     def held(self, facts: Facts) -> dict[str, float]:
         """Instance -> the part of the prompt that is thought to be in its cache."""

@@ -21,6 +21,7 @@ class Facts:
     is when it first asked, which a re-pick keeps. `deadline` 0 = none. `chain`: 64-bit hashes of the canonical prompt's
     blocks, each over everything before it; `chain_share`: the part of the prompt that one block is. `degrade`: whether
     another model may serve it under pressure, None = as its class says. `ttft_target_s` 0 = the operator's objective.
+    `allowed`: names of models that the caller may use, empty = all.
     """
 
     kind: str
@@ -44,6 +45,7 @@ class Facts:
     since: float = 0.0
     degrade: bool | None = None
     ttft_target_s: float = 0.0
+    allowed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from zlib import crc32
 
@@ -34,3 +34,11 @@ def resolve(variants: Variants, facts: Facts, draw: float, serves: Callable[[str
         if left < 0:
             return model
     return known[-1][0]
+
+
+def may_serve(names: Collection[str], model: str, own: Collection[str], aliases: Mapping[str, Variants]) -> bool:
+    """Whether a caller whose key is for `names` (empty = all) may be served by a model that has the aliases `own`:
+    named by its id or one of those, or behind a weighted alias of the key."""
+    if not names or model in names or any(alias in names for alias in own):
+        return True
+    return any(model == variant for name in names for variant, _ in aliases.get(name, ()))

@@ -45,7 +45,7 @@ def degraded(
 ) -> tuple[Facts, dict[str, float], Choice]:
     """The request as its model's fallback would serve it, where it may and should; else as it is."""
     other = desk.policy.fallbacks.get(facts.model)
-    if other is None or not desk.pressure.yields(facts, choice.wait, now):
+    if other is None or not desk.may(facts, other) or not desk.pressure.yields(facts, choice.wait, now):
         return facts, held, choice
     instead = replace(facts, model=other)
     held_there = desk.held(instead)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from deploy.fleet import Fleet, Instance
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.gateway.routing import cost
+from services.gateway.routing.policy import Variants
 from services.gateway.simulator.encoder import EncoderEngine
 from services.gateway.simulator.engine import BUDGET, LlmEngine, Pace
 
@@ -19,7 +20,8 @@ OBJECTIVE_TPOT_MS = 80.0
 @dataclass(frozen=True, slots=True)
 class Site:
     """`models`: kind -> the model of requests that name none; `fallback`: model -> the one that may stand in.
-    `split`: device -> share of tokens. `budget`: prompt tokens a step, by instance. `remarks`: what was assumed."""
+    `aliases`: name -> weighted models. `split`: device -> share of tokens. `budget`: prompt tokens a step, by instance.
+    `remarks`: what was assumed."""
 
     endpoints: tuple[Endpoint, ...]
     models: dict[str, str]
@@ -27,6 +29,7 @@ class Site:
     split: dict[str, float]
     ttft_s: float
     tpot_ms: float
+    aliases: dict[str, Variants] = field(default_factory=dict)
     budget: dict[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
 
@@ -57,6 +60,10 @@ def site_of(fleet: Fleet) -> Site:
         split=dict(fleet.routing.split),
         ttft_s=ttft_s or float("inf"),
         tpot_ms=tpot_ms or float("inf"),
+        aliases={
+            name: tuple((item.model, item.weight) for item in variants)
+            for name, variants in fleet.routing.aliases.items()
+        },
         budget=budget,
         remarks=tuple(remarks),
     )

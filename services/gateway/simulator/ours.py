@@ -68,7 +68,9 @@ class RouterGateway:
 
 def directory(site: Site, now: float, bounds: Bounds = PATIENT) -> Router:
     """A router that has known these instances for a while and is linked to all of them."""
-    policy = Policy(ttft_s=min(site.ttft_s, LAX_TTFT_S), split=site.split, fallbacks=site.fallback)
+    policy = Policy(
+        ttft_s=min(site.ttft_s, LAX_TTFT_S), split=site.split, fallbacks=site.fallback, aliases=site.aliases
+    )
     router = Router(now - AGE_S, bounds, policy=policy)
     router.update([Member(endpoint) for endpoint in site.endpoints], now)
     for endpoint in site.endpoints:

@@ -8,12 +8,14 @@ requests do (sent, first token, end) and what its real counterpart is told; noth
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from infermesh.errors import Reason
 from registry.endpoint import Endpoint
 from services.gateway.routing import filters
 from services.gateway.routing.decision import Decision, Dispatch, Effect, Lease, Record, Refuse
 from services.gateway.routing.facts import Facts, LoadReport, Outcome
+from services.gateway.routing.policy import resolve
 from services.gateway.simulator.fleet import Site
 from services.gateway.simulator.ours import directory
 
@@ -27,6 +29,7 @@ class Peer:
         self.block_tokens = block_tokens
         self.active = {endpoint.id: 0 for endpoint in site.endpoints}
         self._directory = directory(site, now)
+        self._aliases = site.aliases
         self._seq = 0
 
     def choose(self, ids: list[str], facts: Facts, prompt: int, now: float, draw: float) -> str:
@@ -46,6 +49,9 @@ class Peer:
         """What the instance says of itself."""
 
     def pick(self, facts: Facts, now: float, draw: float) -> Decision:
+        if variants := self._aliases.get(facts.model):  # the operator's weights hold for every policy
+            model = resolve(variants, facts, draw, lambda name: (facts.kind, name) in self._directory.fleet.pools)
+            facts = replace(facts, model=model)
         pool = self._directory.fleet.pools.get((facts.kind, facts.model), ())
         prompt, output = self._directory.estimate(facts)
         passed, rejected = filters.eligible(pool, facts, prompt)

@@ -154,7 +154,7 @@ class World:
         if isinstance(decision, Dispatch):
             job.lease = decision.lease
             job.instance = decision.lease.instance_id
-            job.degraded = self._endpoints[job.instance].model != (job.request.model or self._default(job))
+            job.degraded = bool(decision.lease.record.degraded_from)
             self._at(now + self._network_s, _SENT, job)
         elif isinstance(decision, Wait):
             self._tickets[job.gateway][decision.ticket] = job
@@ -167,9 +167,6 @@ class World:
                 job = self._tickets[gateway].pop(effect.ticket, None)
                 if job is not None:
                     self._follow(effect, job, now)
-
-    def _default(self, job: Job) -> str:
-        return self._site.models.get(job.request.kind, "")
 
     def _shed(self, job: Job, why: str, now: float) -> None:
         job.shed, job.done = why, now

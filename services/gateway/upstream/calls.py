@@ -108,13 +108,15 @@ class Forward(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class ModelView:
-    """A model id that clients may name. `context_max` in tokens, 0 = unknown; `created` in unix seconds."""
+    """A model id that clients may name. `context_max` in tokens, 0 = unknown; `created` in unix seconds. `variants`: of
+    a weighted alias, the models behind it by weight."""
 
     id: str
     kind: str
     aliases: tuple[str, ...] = ()
     context_max: int = 0
     created: int = 0
+    variants: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +151,11 @@ class DirectoryView(Protocol):
     def models(self) -> list[ModelView]: ...
 
     def instances(self) -> list[InstanceView]: ...
+
+    @property
+    def aliases(self) -> Mapping[str, tuple[tuple[str, float], ...]]:
+        """Weighted aliases: name -> (model, weight)."""
+        ...
 
     @property
     def healthy(self) -> int:

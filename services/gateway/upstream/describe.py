@@ -75,6 +75,7 @@ def describe(
         since=now,
         degrade=degrade,
         ttft_target_s=target_ms / 1000,
+        allowed=caller.models,
     )
 
 

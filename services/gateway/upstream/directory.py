@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 
 import grpc.aio
@@ -19,6 +19,7 @@ from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts, Member
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.health import State
+from services.gateway.routing.policy import Variants
 from services.gateway.upstream.calls import InstanceView, ModelView
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.link import Link
@@ -31,10 +32,17 @@ Life = tuple[str, int, str]  # id, incarnation, address
 
 
 class Directory:
-    def __init__(self, carrier: Carrier, gateway_id: str, weights: Mapping[str, float] | None = None) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        gateway_id: str,
+        weights: Mapping[str, float] | None = None,
+        aliases: Mapping[str, Variants] | None = None,
+    ) -> None:
         self._carrier = carrier
         self._gateway_id = gateway_id
         self._weights = dict(weights or {})
+        self.aliases = dict(aliases or {})
         self._links: dict[Life, tuple[Link, asyncio.Task[None]]] = {}
         self._snapshot = Snapshot(stale=True)
         self._created: dict[tuple[str, str], int] = {}
@@ -106,10 +114,21 @@ class Directory:
                 aliases | set(endpoint.aliases),
                 max(context, endpoint.capacity.context_max),
             )
-        return [
+        views = [
             ModelView(model, kind, tuple(sorted(aliases)), context, self._created.get((kind, model), 0))
-            for (kind, model), (aliases, context) in sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
+            for (kind, model), (aliases, context) in found.items()
         ]
+        views += self._weighted(views)
+        return sorted(views, key=lambda view: (view.id, view.kind))
+
+    def _weighted(self, views: list[ModelView]) -> Iterator[ModelView]:
+        """The weighted aliases behind which somebody serves; the tightest context range holds for all."""
+        for name, variants in self.aliases.items():
+            served = [view for view in views if view.id in {model for model, _ in variants}]
+            if served:
+                context = min((view.context_max for view in served if view.context_max), default=0)
+                created = min(view.created for view in served)
+                yield ModelView(name, served[0].kind, (), context, created, variants)
 
     def instances(self) -> list[InstanceView]:
         fleet = self._carrier.router.fleet.instances
