@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from examples.rag.assistant import Assistant
+from examples.rag.evaluate import evaluate, questions
+from examples.rag.index import index
+from examples.rag.store import Store, StoreError
 from infermesh.client import Answer, AsyncClient, Client, MeshError, Reason
-from tests.kit.children import Child, infermesh
-from tests.kit.embedding import EXPORTS
-from tests.kit.mesh import running_mesh, until
+from tests.kit.children import ROOT, Child, infermesh
+from tests.kit.embedding import EXPORTS, MODEL
+from tests.kit.mesh import TestMesh, running_mesh, until
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 FACTS = {
@@ -25,14 +34,23 @@ FACTS = {
 }
 
 
-async def test_the_passages_that_matter_are_shown_cited_and_found_in_the_cache(tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, {"chat-0": ("--prefill-tps", "1e6", "--step-ms", "1")}) as mesh:
+@asynccontextmanager
+async def answering_mesh(folder: Path) -> AsyncIterator[TestMesh]:
+    """Real embedding and rerank models beside a scripted language model."""
+    async with running_mesh(folder, {"chat-0": ("--prefill-tps", "1e6", "--step-ms", "1")}) as mesh:
+        children = []
         for kind in ("embedding", "rerank"):
             words = infermesh(kind, "--registry", mesh.registry, "--listen", "127.0.0.1:0", "--grace-s", "5")
-            child = Child(tmp_path, f"{kind}-0", [*words, "--instance-id", f"{kind}-0", "--export-dir", str(EXPORTS)])
+            child = Child(folder, f"{kind}-0", [*words, "--instance-id", f"{kind}-0", "--export-dir", str(EXPORTS)])
             mesh.stack.callback(child.destroy)
-            await until(lambda child=child: child.serves, 150)
+            children.append(child)
+        await until(lambda: all(child.serves for child in children), 180)
         await mesh.healthy("chat-0", "embedding-0", "rerank-0")
+        yield mesh
+
+
+async def test_the_passages_that_matter_are_shown_cited_and_found_in_the_cache(tmp_path: Path) -> None:
+    async with answering_mesh(tmp_path) as mesh:
         passages = [{"id": id, "text": text, "document_id": id} for id, text in FACTS.items()]
         question = "How long does the battery of the headphones last?"
         async with AsyncClient(mesh.address) as client:
@@ -62,3 +80,58 @@ async def test_the_passages_that_matter_are_shown_cited_and_found_in_the_cache(t
                 return client.answer(question, FACTS.values(), shown=2, max_tokens=1)
 
         assert [one.id for one in (await asyncio.to_thread(plain)).cited] == ["0", "7"]
+
+
+async def test_the_assistant_on_this_repositorys_own_documents(tmp_path: Path) -> None:
+    """What README promises: 20 questions, the right passage among the first three for at least 16 of them; a follow-up
+    finds most of its prompt in the cache; indexing again embeds nothing, and only what changed after a change."""
+    note = tmp_path / "note.md"
+    note.write_text("# Cafeteria\n\nOn Fridays there is soup.\n\n# Garage\n\nIt closes at ten.")
+    paths = [ROOT / "README.md", ROOT / "docs", note]
+
+    run: Any = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 60}
+
+    def live(address: str) -> None:
+        with Client(address) as mesh:
+            with Store(tmp_path / "store") as store:
+                with pytest.raises(StoreError, match="nothing is indexed"):
+                    store.search([0.0] * 384, 1)
+                seen: list[tuple[int, int]] = []
+                first = index(paths, store, mesh, MODEL, lambda *done: seen.append(done))
+                assert first.embedded == first.passages > 50 and not first.skipped
+                assert seen[0] == (0, first.passages) and seen[-1] == (first.passages, first.passages)
+                words = ("ask", "who?", "--store", str(tmp_path / "store"), "--gateway", address)
+                refused = subprocess.run([sys.executable, "-m", "examples.rag", *words], **run)
+                assert refused.returncode == 1 and "another process" in refused.stderr, refused
+
+                verdicts = list(evaluate(questions(), store, mesh, 3))
+                missed = [f"{one.expected.question} -> {one.found}" for one in verdicts if not one.hit]
+                assert len(verdicts) == 20 and len(missed) <= 4, "\n".join(missed)
+
+                about = Assistant(store, mesh, document="0017-routing.md", max_tokens=3)
+                list(about.ask("In what order do the waiting requests of a line go?"))
+                (*_, last) = about.ask("And what did aging change?")
+                assert {one.document for one in about.shown} == {f"{ROOT}/docs/decisions/0017-routing.md"}
+                usage = last.so_far.usage
+                assert usage.cached_tokens >= 0.8 * usage.prompt_tokens, usage
+
+                assistant = Assistant(store, mesh, max_tokens=3)
+                list(assistant.ask("In what order do the waiting requests of a line go?"))
+                before = assistant.shown
+                list(assistant.ask("And what is a place in a line, by that record on routing?"))
+                assert assistant.shown[: len(before)] == before
+                (*_, last) = assistant.ask("Is there soup in the cafeteria on Fridays, and when does the garage close?")
+                assert not any(one.pinned for one in last.so_far.cited) and "Cafeteria" in str(assistant.shown)
+            with Store(tmp_path / "store") as store:
+                assert index(paths, store, mesh, MODEL, lambda *_: None).embedded == 0
+                note.write_text("# Cafeteria\n\nOn Fridays there is stew.")
+                changed = index(paths, store, mesh, MODEL, lambda *_: None)
+                assert (changed.embedded, changed.passages) == (1, first.passages - 1)
+                vector = mesh.embed("What is there on Fridays? When does the garage close?", model=MODEL)[0]
+                texts = [one.passage.text for one in store.search(vector, 500)]
+                assert len(texts) == changed.passages and not any("soup" in text or "ten." in text for text in texts)
+            told = subprocess.run([sys.executable, "-m", "examples.rag", *words, "--max-tokens", "2"], **run)
+            assert told.returncode == 0 and told.stdout == " w0 w1\n" and "[5] " in told.stderr, told
+
+    async with answering_mesh(tmp_path) as mesh:
+        await asyncio.to_thread(live, mesh.address)

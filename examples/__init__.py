@@ -1,0 +1,1 @@
+"""Programs that use a mesh, to read and to take from."""
