@@ -169,9 +169,12 @@ class Resume(_message.Message):
     TOKEN_IDS_FIELD_NUMBER: _builtins.int
     RESPONSE_ID_FIELD_NUMBER: _builtins.int
     CREATED_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
     response_id: _builtins.str
     created: _builtins.int
     """unix seconds"""
+    text: _builtins.str
+    """the content delivered so far, where the instances know no token ids"""
     @_builtins.property
     def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """already delivered to the caller; n must be 1"""
@@ -182,10 +185,11 @@ class Resume(_message.Message):
         token_ids: _abc.Iterable[_builtins.int] | None = ...,
         response_id: _builtins.str = ...,
         created: _builtins.int = ...,
+        text: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "response_id", b"response_id", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["created", b"created", "response_id", b"response_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,8 @@ MODEL_KEY = "x-infermesh-model-id"
 ATTEMPTS_KEY = "x-infermesh-attempts"
 DEGRADED_KEY = "x-infermesh-degraded"
 REQUEST_KEY = "x-request-id"
+RESUMES_KEY = "x-infermesh-resumes"
+RESUME_EXACT_KEY = "x-infermesh-resume-exact"
 
 
 @dataclass(frozen=True, slots=True)

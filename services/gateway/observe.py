@@ -9,7 +9,7 @@ import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
 
-from infermesh.errors import MeshError
+from infermesh.errors import MeshError, Reason
 from services.gateway.loop import WINDOW_S, HoldMeter
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
@@ -53,6 +53,7 @@ class Report:
     record: Record | None = None
     tried: tuple[Tried, ...] = ()
     facts: Facts | None = None
+    resumes: int = 0
 
 
 class Observe:
@@ -86,6 +87,12 @@ class Observe:
             f"{name}_objective", "Whole LLM answers: met, or the target they missed.", ("model", "verdict"), registry=of
         )
         self._retries = Counter(f"{name}_retries", "Attempts after the first.", ("reason",), registry=of)
+        self._resumes = Counter(
+            f"{name}_resumes", "Streams that went on at another instance.", ("reason", "exact"), registry=of
+        )
+        self._pause = Histogram(
+            f"{name}_resume_pause_seconds", "From the loss of a stream to its next event.", buckets=_TTFT, registry=of
+        )
         self._refused = Counter(
             f"{name}_refused", "Refused before forwarding.", ("front", "method", "outcome"), registry=of
         )
@@ -129,6 +136,8 @@ class Observe:
         }
         if report.record is not None and report.record.waited_s >= 0.001:
             fields["waited_ms"] = round(report.record.waited_s * 1000, 1)
+        if report.resumes:
+            fields["resumes"] = report.resumes
         if isinstance(error, MeshError):
             fields["param"] = error.param
         log.info("request", **fields)
@@ -144,6 +153,22 @@ class Observe:
 
     def retried(self, reason: str) -> None:
         self._retries.labels(reason).inc()
+
+    def resumed(
+        self, request_id: str, reason: Reason, successor: str, tokens: int, pause_s: float, exact: bool
+    ) -> None:
+        """A stream goes on at `successor` after so many tokens."""
+        self._resumes.labels(reason.value, str(exact).lower()).inc()
+        self._pause.observe(pause_s)
+        log.info(
+            "stream resumed",
+            request_id=request_id,
+            reason=reason.value,
+            instance=successor,
+            tokens=tokens,
+            pause_ms=round(pause_s * 1000, 1),
+            exact=exact,
+        )
 
     def ejected(self, instance: str) -> None:
         self._ejections.labels(instance).inc()

@@ -93,6 +93,18 @@ class Spans:
             self._finish(self._attempt, outcome, failed)
             self._attempt = None
 
+    def resumed(self, successor: str, reason: str, tokens: int, pause_s: float, exact: bool) -> None:
+        """The stream goes on at `successor` after so many tokens."""
+        attributes: dict[str, Any] = {
+            INSTANCE_ID: successor,
+            "infermesh.resume.reason": reason,
+            "infermesh.resume.tokens": tokens,
+            "infermesh.resume.pause_s": pause_s,
+            "infermesh.resume.exact": exact,
+        }
+        self._route.add_event("resume", attributes)
+        self._route.set_attribute("infermesh.resume.exact", exact)
+
     def ended(self, outcome: str, failed: bool, prompt_tokens: int, completion_tokens: int, model: str) -> None:
         self._route.set_attributes({INPUT_TOKENS: prompt_tokens, OUTPUT_TOKENS: completion_tokens})
         if model:

@@ -64,10 +64,10 @@ async def test_when_all_fail_attempts_are_bounded_and_the_last_error_is_told() -
             with pytest.raises(MeshError) as caught:
                 await up.chat()
             assert caught.value.reason is Reason.ENGINE_FAILED
-            assert sum(len(x.requests) for x in (a, b, c, d)) == 3
+            assert sum(len(x.requests) for x in (a, b, c, d)) == 2, "what breaks two engines is not shown to a third"
             await asyncio.gather(*(up.chat() for _ in range(100)), return_exceptions=True)
-            sent = sum(len(x.requests) for x in (a, b, c, d)) - 3
-            assert sent <= 100 * 1.4, sent  # at most 20 retries at a time, two each
+            sent = sum(len(x.requests) for x in (a, b, c, d)) - 2
+            assert sent <= 100 * 1.2, sent  # at most 20 retries at a time
             assert up.nothing_left()
 
 

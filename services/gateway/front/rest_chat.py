@@ -16,7 +16,7 @@ from services.gateway.front.rest_exchange import Exchange
 from services.gateway.front.rest_generation import NAMES, constraint, delivery, hints, json_text, sampling
 from services.gateway.front.rest_messages import add_messages, tool_choice, tools
 from services.gateway.front.rest_schema import ChatBody
-from services.gateway.front.sse import DONE, EventStream
+from services.gateway.front.sse import DONE, EventStream, trailer
 from services.gateway.upstream.calls import Call, Method
 
 
@@ -120,7 +120,7 @@ async def _stream(exchange: Exchange, request: lm.ChatRequest, call: Call, optio
                     if message.HasField("usage"):
                         usage = message.usage
         assert chunks is not None
-        await events.end(chunks.last(usage) + DONE)
+        await events.end(chunks.last(usage) + trailer(reply.identity) + DONE)
     finally:
         events.stop()
 

@@ -17,7 +17,7 @@ from services.gateway.front.rest_exchange import Exchange
 from services.gateway.front.rest_generation import NAMES, constraint, delivery, hints, sampling
 from services.gateway.front.rest_inputs import Input, inputs
 from services.gateway.front.rest_schema import CompletionBody
-from services.gateway.front.sse import DONE, EventStream
+from services.gateway.front.sse import DONE, EventStream, trailer
 from services.gateway.upstream.calls import Call, Method
 
 MAX_PROMPTS = 1024
@@ -93,7 +93,7 @@ async def _stream(
 ) -> None:
     stream = EventStream(exchange)
     chunks = CompletionChunks(options)
-    begun = False
+    begun, end = False, b""
     try:
         with Attended(exchange.receive):
             async with aclosing(events(exchange, Method.COMPLETE, requests, call)) as happenings:
@@ -105,7 +105,8 @@ async def _stream(
                     data = chunks.render(prompt, message)
                     if data:
                         await stream.write(data)
-        await stream.end(chunks.last() + DONE)
+                    end = trailer(identity) or end
+        await stream.end(chunks.last() + end + DONE)
     finally:
         stream.stop()
 

@@ -172,6 +172,8 @@ class Exchange:
                 (b"x-infermesh-model-id", header_value(identity.model_id)),
                 (b"x-infermesh-attempts", b"%d" % identity.attempts),
             ]
+            if identity.resumes:
+                headers.append((b"x-infermesh-resumes", b"%d" % identity.resumes))
             if identity.degraded:
                 headers.append((b"x-infermesh-degraded", header_value(identity.degraded)))
         if self.ignored:

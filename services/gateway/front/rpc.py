@@ -11,11 +11,19 @@ import grpc.aio
 from google.protobuf.message import DecodeError
 
 from infermesh.errors import MeshError, Reason, invalid
-from services.chassis.identity import ATTEMPTS_KEY, DEGRADED_KEY, INSTANCE_KEY, MODEL_KEY, REQUEST_KEY
+from services.chassis.identity import (
+    ATTEMPTS_KEY,
+    DEGRADED_KEY,
+    INSTANCE_KEY,
+    MODEL_KEY,
+    REQUEST_KEY,
+    RESUME_EXACT_KEY,
+    RESUMES_KEY,
+)
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, abort, as_mesh_error
 from services.gateway.front.callers import caller, request_id, trace_context
-from services.gateway.upstream.calls import Call, Forward, Method, Reply, Watcher
+from services.gateway.upstream.calls import Call, Forward, Identity, Method, Reply, Watcher
 
 LANGUAGE_MODEL = "infermesh.v1.LanguageModelService"
 EMBEDDING = "infermesh.v1.EmbeddingService"
@@ -80,8 +88,12 @@ class Door:
             message, call = self.read(method, request, context)
             async with self.forward.open(method, message, call) as reply:
                 await context.send_initial_metadata(identity(reply, call))
-                async for event in reply:
-                    await context.write(event.raw)
+                try:
+                    async for event in reply:
+                        await context.write(event.raw)
+                finally:
+                    if reply.identity.resumes:  # the initial metadata spoke of the first instance
+                        context.set_trailing_metadata(resumed(reply.identity))
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
@@ -104,6 +116,15 @@ def identity(reply: Reply, call: Call) -> tuple[tuple[str, str], ...]:
         (REQUEST_KEY, call.request_id),
     )
     return (*pairs, (DEGRADED_KEY, who.degraded)) if who.degraded else pairs
+
+
+def resumed(who: Identity) -> tuple[tuple[str, str], ...]:
+    return (
+        (INSTANCE_KEY, who.instance_id),
+        (ATTEMPTS_KEY, str(who.attempts)),
+        (RESUMES_KEY, str(who.resumes)),
+        (RESUME_EXACT_KEY, str(who.exact).lower()),
+    )
 
 
 def handlers(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
+import orjson
+
 from services.gateway.front.rest_exchange import Exchange, Pending
 from services.gateway.upstream.calls import Identity
 
@@ -14,6 +16,19 @@ HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
+
+
+def trailer(identity: Identity) -> bytes:
+    """What the headers could not know yet, as a comment, which every client skips: the stream went on elsewhere."""
+    if not identity.resumes:
+        return b""
+    said = {
+        "x-infermesh-instance-id": identity.instance_id,
+        "x-infermesh-attempts": identity.attempts,
+        "x-infermesh-resumes": identity.resumes,
+        "x-infermesh-resume-exact": identity.exact,
+    }
+    return b": " + orjson.dumps(said) + b"\n\n"
 
 
 class EventStream:

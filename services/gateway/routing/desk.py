@@ -172,8 +172,8 @@ class Desk:
             found = expected if outcome.cached_tokens is None else outcome.cached_tokens
             blocks = expected if outcome.cached_tokens is None else cached_blocks(found, total, facts.chain_share)
             self.index.learn(instance.id, facts.chain, expected, blocks, computed)
-        if outcome.end is not End.DONE or not facts.slots:
-            return
+        if outcome.end is not End.DONE or not facts.slots or facts.alike is not None:
+            return  # a continued answer is part of one: its counts are of the whole, its time is not
         estimate = self.estimate(facts)
         estimate.observe_prompt(facts.prompt_bytes, outcome.prompt_tokens)
         if facts.kind != "llm":

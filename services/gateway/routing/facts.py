@@ -13,6 +13,35 @@ from registry.endpoint import Endpoint
 
 
 @dataclass(frozen=True, slots=True)
+class Likeness:
+    """What another instance must have in common with the one whose answer it is to continue. `engine`: where the kind
+    of engine matters, too; `machine`: what decides about the last bit of every number. Empty = whatever it is."""
+
+    model: str
+    weights_version: str
+    tokenizer_digest: str
+    template_digest: str
+    engine: str = ""
+    machine: tuple[str, ...] = ()
+
+    def fits(self, endpoint: Endpoint) -> bool:
+        return (
+            endpoint.model == self.model
+            and endpoint.weights_version == self.weights_version
+            and endpoint.tokenizer_digest == self.tokenizer_digest
+            and endpoint.template_digest == self.template_digest
+            and (not self.engine or endpoint.engine == self.engine)
+            and (not self.machine or machine(endpoint) == self.machine)
+        )
+
+
+def machine(endpoint: Endpoint) -> tuple[str, ...]:
+    hardware = endpoint.hardware
+    parts = (endpoint.engine_version, hardware.device, hardware.tp, hardware.pp, endpoint.dtype, endpoint.quantization)
+    return tuple(map(str, parts))
+
+
+@dataclass(frozen=True, slots=True)
 class Facts:
     """One request, as far as routing cares.
 
@@ -22,6 +51,7 @@ class Facts:
     blocks, each over everything before it; `chain_share`: the part of the prompt that one block is. `degrade`: whether
     another model may serve it under pressure, None = as its class says. `ttft_target_s` 0 = the operator's objective.
     `allowed`: names of models that the caller may use, empty = all.
+    `alike`: it continues an answer that another instance began, None = it begins.
     """
 
     kind: str
@@ -46,6 +76,7 @@ class Facts:
     degrade: bool | None = None
     ttft_target_s: float = 0.0
     allowed: tuple[str, ...] = ()
+    alike: Likeness | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,9 @@ from enum import Enum
 
 from infermesh.errors import TABLE, Reason
 
-MAX_EXTRA_ATTEMPTS = 2
+MAX_EXTRA_ATTEMPTS = 2  # in a row that brought nothing: so many instances at most can one request take down
+MAX_ENGINE_FAILURES = 2  # of one request: what breaks two engines would break the next one, too
+MAX_RESUMES = 5  # of one stream
 RETRY_SHARE = 0.2  # of live requests
 MIN_RETRIES = 3  # concurrent, however little traffic there is
 MIN_TIME_S = 0.005  # with less left before the deadline, another attempt only adds load
@@ -17,22 +19,29 @@ FREE = frozenset({Reason.OUT_OF_RANGE, Reason.INSTANCE_FULL, Reason.DRAINING, Re
 
 # A broken connection takes its instance out of work in the same moment: what is tried again is bounded by what it had,
 # and all of that asks at once. A share of live traffic would fail most of it; the bound on attempts still holds.
-UNBUDGETED = FREE | {Reason.INSTANCE_LOST}
+UNBUDGETED = FREE | {Reason.INSTANCE_LOST, Reason.STREAM_LOST}
+
+# What ends a stream under way though another instance may go on. A drain that cannot wait hands its streams over.
+BREAKS = FREE | {Reason.INSTANCE_LOST, Reason.STREAM_LOST, Reason.ENGINE_FAILED}
 
 
 class Next(Enum):
-    OTHER = "other"
-    RESUME = "resume"  # a replay of the stream elsewhere; not produced yet
+    OTHER = "other"  # from the beginning
+    RESUME = "resume"  # a replay of what was delivered, and on from there
     STOP = "stop"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`attempts` counts those that may have begun work; `events` those the caller already has."""
+    """`attempts`: failures in a row that may have begun work and brought nothing; `events`: what the caller already
+    has; `resumable`: whether that can be continued elsewhere."""
 
     attempts: int
     events: int
     time_left_s: float
+    engine_failures: int = 0
+    resumes: int = 0
+    resumable: bool = False
 
 
 @dataclass(slots=True)
@@ -47,11 +56,19 @@ class Budget:
 
 
 def next(reason: Reason, progress: Progress, budget: Budget) -> Next:
-    """Elsewhere, as long as nothing was sent, the fault is not the caller's, and time, attempts and budget are left."""
-    if progress.events or not TABLE[reason].elsewhere or progress.time_left_s < MIN_TIME_S:
+    """Elsewhere, as long as the fault is not the caller's, and time, attempts and budget are left; and once something
+    was sent, only where another instance can go on exactly there."""
+    if progress.time_left_s < MIN_TIME_S:
+        return Next.STOP
+    onward = Next.OTHER
+    if progress.events:
+        onward = Next.RESUME
+        if not progress.resumable or reason not in BREAKS or progress.resumes >= MAX_RESUMES:
+            return Next.STOP
+    elif not TABLE[reason].elsewhere:
         return Next.STOP
     if reason in FREE:
-        return Next.OTHER
-    if progress.attempts > MAX_EXTRA_ATTEMPTS:
+        return onward
+    if progress.attempts > MAX_EXTRA_ATTEMPTS or progress.engine_failures >= MAX_ENGINE_FAILURES:
         return Next.STOP
-    return Next.OTHER if reason in UNBUDGETED or budget.allows() else Next.STOP
+    return onward if reason in UNBUDGETED or budget.allows() else Next.STOP

@@ -1,6 +1,6 @@
 """Who may take a request at all: the same for every policy, each rejection with its word.
 
-Words: excluded, draining, lost, starting, suspect, feature:<name>, context_over, context_under, no_room.
+Words: excluded, draining, lost, starting, suspect, unlike, feature:<name>, context_over, context_under, no_room.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[
     suspects: list[Instance] = []
     too_narrow: list[Instance] = []
     rejected: list[tuple[str, str]] = []
-    plain = not facts.excluded and not facts.features and facts.kind == "llm" and facts.slots
+    plain = not facts.excluded and not facts.features and facts.kind == "llm" and facts.slots and facts.alike is None
     need = 0 if not plain else (prompt if facts.counted else round(prompt * EDGE)) + (facts.max_tokens or 1)
     for instance in pool:
         if plain and instance.state is State.HEALTHY:  # the common case, in a hot loop
@@ -58,6 +58,8 @@ def _word(instance: Instance, facts: Facts, prompt: int) -> str:
     word = _NOT_NOW.get(instance.state)
     if word is not None:
         return word
+    if facts.alike is not None and not facts.alike.fits(instance.endpoint):
+        return "unlike"
     offered = instance.endpoint.features
     if offered and not facts.features <= offered:  # an instance that lists none has not told, and decides by itself
         return f"feature:{min(facts.features - offered)}"

@@ -14,19 +14,41 @@ from services.gateway.routing.facts import Outcome
 from services.gateway.upstream.calls import Event, Method
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.failures import end
+from services.gateway.upstream.transcript import Transcript
 
 
 class Attempt:
-    """`tokens` it has brought, `ttft_s` from the request's beginning to its first event, `usage` as it told."""
+    """`tokens` it has brought, `ttft_s` from the request's beginning to its first event, `usage` as it told. What it
+    brings is written into `transcript`, if there is one."""
 
-    __slots__ = ("_begun", "_call", "_carrier", "_method", "endpoint", "lease", "tokens", "ttft_s", "usage")
+    __slots__ = (
+        "_begun",
+        "_call",
+        "_carrier",
+        "_method",
+        "_transcript",
+        "endpoint",
+        "lease",
+        "tokens",
+        "ttft_s",
+        "usage",
+    )
 
-    def __init__(self, carrier: Carrier, method: Method, lease: Lease, endpoint: Endpoint, begun: float) -> None:
+    def __init__(
+        self,
+        carrier: Carrier,
+        method: Method,
+        lease: Lease,
+        endpoint: Endpoint,
+        begun: float,
+        transcript: Transcript | None = None,
+    ) -> None:
         """`begun`: when the request came, on the carrier's clock."""
         self._carrier = carrier
         self._method = method
         self._begun = begun
         self._call: Any = None
+        self._transcript = transcript
         self.lease = lease
         self.endpoint = endpoint
         self.tokens = 0
@@ -54,6 +76,8 @@ class Attempt:
         self._carrier.router.heeding(self.lease)
         raw = await self._call.read()
         if raw is grpc.aio.EOF:
+            if self.usage is None:
+                raise MeshError(Reason.ENGINE_FAILED, f"{self.endpoint.id} ended the answer without its usage")
             return None
         message = self._method.response.FromString(raw)
         self._note(message)
@@ -88,7 +112,11 @@ class Attempt:
     def _note(self, message: Any) -> None:
         """Counts what an event carries."""
         if self._method.streams:
-            tokens = sum(len(delta.token_ids) for delta in message.deltas)
+            tokens, transcript = 0, self._transcript
+            for delta in message.deltas:
+                tokens += len(delta.token_ids)
+                if transcript is not None:
+                    transcript.take(delta)
             self.tokens += tokens
             self._carrier.router.progressed(self.lease, tokens)
         elif self._method.kind == "llm":

@@ -77,12 +77,15 @@ class Call:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Who answers. `degraded`: the model asked for, when another one served it."""
+    """Who answers: the last one, once others had to go on. `degraded`: the model asked for, when another one served it.
+    `resumes`: how often a stream went on elsewhere; `exact`: the whole is what one instance would have answered."""
 
     instance_id: str
     model_id: str
     attempts: int = 1
     degraded: str = ""
+    resumes: int = 0
+    exact: bool = True
 
 
 @dataclass(slots=True)

@@ -17,6 +17,7 @@ from services.gateway.routing.decision import Lease, Record, Refuse, Wait
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.attempt import Attempt
 from services.gateway.upstream.calls import Call, Event, Identity, Method
+from services.gateway.upstream.continuation import Continuation
 from services.gateway.upstream.describe import check, describe
 from services.gateway.upstream.failures import (
     as_failure,
@@ -35,9 +36,9 @@ class Exchange:
     """The context manager that `Forwarder.open` gives, and the reply that it yields. Used once, by one task."""
 
     __slots__ = (
-        "_ahead", "_attempt", "_begun", "_carrier", "_context", "_deadline", "_endpoint", "_events", "_facts",
-        "_finished", "_first", "_forwarder", "_last", "_method", "_record", "_request", "_reserved", "_retrying",
-        "_spans", "_spent", "_tried", "attempts", "identity",
+        "_ahead", "_attempt", "_begun", "_broken", "_carrier", "_context", "_deadline", "_endpoint", "_events",
+        "_facts", "_finished", "_first", "_forwarder", "_kept", "_last", "_method", "_record", "_request", "_reserved",
+        "_retrying", "_spans", "_spent", "_tried", "_ttft_s", "attempts", "identity",
     )  # fmt: skip
 
     def __init__(self, forwarder: Forwarder, method: Method, request: Any, call: Call) -> None:
@@ -54,7 +55,10 @@ class Exchange:
         self._record: Record | None = None
         self._facts: Facts
         self._tried: list[Tried] = []
-        self._spent = 0  # attempts that may have begun work
+        self._kept = Continuation(method, request, strict=call.collected)
+        self._spent = 0  # attempts that may have begun work, in a row, and brought nothing
+        self._broken = 0  # engines that failed at it
+        self._ttft_s = 0.0
         self._events = 0  # that the caller has
         self._reserved = 0
         self._retrying = False
@@ -105,13 +109,13 @@ class Exchange:
         except (asyncio.CancelledError, Exception) as error:
             if we_were_cancelled(error):
                 raise
-            lost = stream_lost(as_failure(error), self.identity.instance_id, attempt.tokens, self._events)
-            self._finish(lost)
-            raise lost from None
+            event = await self._go_on(attempt, error)
         if event is None:
             self._finish(None)
             raise StopAsyncIteration
         self._events += 1
+        if self._kept.resumes:
+            return self._kept.closing(event)
         return event
 
     # -- the loop ---------------------------------------------------------------------------------------------------
@@ -134,9 +138,8 @@ class Exchange:
             tokens = sum(self._carrier.router.estimate(facts))
             self._reserved = forwarder.quota.reserve(caller.tenant, caller.tokens_per_minute, tokens, now)
 
-    async def _pursue(self) -> None:
-        """One attempt after the other, until one has begun to answer."""
-        failure: MeshError | None = None
+    async def _pursue(self, failure: MeshError | None = None) -> None:
+        """One attempt after the other, until one has begun to answer. `failure`: why there must be another one."""
         while True:
             lease = await self._reserve(failure)
             try:
@@ -146,12 +149,46 @@ class Exchange:
                 if we_were_cancelled(error):
                     raise
                 failure = as_failure(error)
+                if self._complete():
+                    return
                 self._after(lease, failure, error)
+
+    async def _go_on(self, attempt: Attempt, error: BaseException) -> Event | None:
+        """The event that follows where a stream broke: of another instance, which replays what the caller has."""
+        if self._complete():
+            return self._ahead.popleft()
+        failure, origin = as_failure(error), self.identity.instance_id
+        try:
+            self._after(attempt.lease, failure, error)
+            await self._pursue(failure)
+        except (asyncio.CancelledError, Exception) as last:
+            if we_were_cancelled(last):
+                raise
+            refused = as_failure(last)
+            obstacle = self._kept.obstacle or (refused.message if refused.message != failure.message else "")
+            caused = refused if refused.reason is Reason.DEADLINE_EXCEEDED else failure
+            lost = stream_lost(caused, origin, self._kept.before + self._brought(), self._events, obstacle)
+            self._finish(lost)
+            raise lost from None
+        event, self._first = self._first, None
+        return event
+
+    def _complete(self) -> bool:
+        """Whether only the last event was lost, which we know ourselves: it is then among those ahead."""
+        event = self._kept.end()
+        if event is None:
+            return False
+        self._ahead.append(event)
+        if self._last is not None:
+            self._last.usage = event.message.usage
+        self._finish(None)
+        return True
 
     async def _reserve(self, failure: MeshError | None) -> Lease:
         """A lease, at once or after waiting. `failure` is why the attempt before it failed."""
-        carrier = self._carrier
-        decision = carrier.router.pick(self._facts, carrier.now(), self._forwarder.draw.random())
+        carrier, kept = self._carrier, self._kept
+        now = carrier.now()
+        decision = carrier.router.pick(kept.facts(self._facts, now), now, self._forwarder.draw.random())
         if isinstance(decision, Wait):
             self._record = decision.record  # all there will be, should the caller leave meanwhile
             gauge = self._forwarder.observe.waiting
@@ -161,36 +198,59 @@ class Exchange:
             finally:
                 gauge.dec()
         if isinstance(decision, Refuse):
+            if kept.under_way and not self._events:
+                self._begin_anew()
+                return await self._reserve(failure)
             self._record = decision.record
             self._tried.append(Tried(decision.record, decision.reason.value))
-            raise refusal(decision, failure)
+            raise refusal(decision, None if kept.under_way else failure)
         self._record = decision.lease.record
         return decision.lease
 
     async def _try(self, lease: Lease) -> None:
         """Calls the instance and waits for the first event; for all of them where the caller wants the whole."""
-        carrier, method = self._carrier, self._method
+        carrier, method, kept = self._carrier, self._method, self._kept
         instance = carrier.router.fleet.life(lease.instance_id, lease.incarnation)
         if instance is None:
             raise MeshError(Reason.INSTANCE_LOST, f"{lease.instance_id} has just gone")
         self._endpoint = endpoint = instance.endpoint
-        attempt = self._attempt = self._last = Attempt(carrier, method, lease, endpoint, self._begun)
+        kept.serve(endpoint)
+        begun = carrier.now() if kept.under_way else self._begun
+        attempt = self._attempt = self._last = Attempt(carrier, method, lease, endpoint, begun, kept.transcript)
         self.attempts += 1
         request = self._amend(lease, endpoint.model)
         timeout = self._deadline - carrier.now()
         if timeout <= 0:
             raise MeshError(Reason.DEADLINE_EXCEEDED, "the deadline passed before an instance was called")
-        first = await attempt.begin(request, timeout, self._metadata(lease, endpoint.model))
+        first = kept.began(await attempt.begin(request, timeout, self._metadata(lease, endpoint.model)), endpoint)
         self._stop_retrying()
-        self.identity = Identity(endpoint.id, endpoint.model, self.attempts, lease.record.degraded_from)
-        if method.streams and self._context.collected:
-            while (event := await attempt.read()) is not None:
-                self._ahead.append(event)
-            self._finish(None)
-        self._first = first
+        if kept.under_way:
+            self._resumed(endpoint.id)
+        else:
+            self._ttft_s = attempt.ttft_s
+        degraded = self.identity.degraded if kept.under_way else lease.record.degraded_from
+        self.identity = Identity(endpoint.id, endpoint.model, self.attempts, degraded, kept.resumes, kept.exact)
         if not method.streams:
+            self._first = first
             self._events = 1
             self._finish(None)
+        elif not self._context.collected:
+            self._first = first
+        else:
+            event: Event | None = first
+            while event is not None:
+                self._ahead.append(event)
+                event = await attempt.read()
+            if kept.resumes:
+                self._ahead[-1] = kept.closing(self._ahead[-1])
+            self._finish(None)
+
+    def _resumed(self, successor: str) -> None:
+        kept, observe = self._kept, self._forwarder.observe
+        pause_s = self._carrier.now() - kept.lost_at
+        observe.resumed(self._context.request_id, kept.reason, successor, kept.before, pause_s, kept.exact)
+        if self._spans is not None:
+            self._spans.resumed(successor, kept.reason.value, kept.before, pause_s, kept.exact)
 
     def _amend(self, lease: Lease, model: str) -> bytes:
         """The request as this instance is to see it."""
@@ -201,6 +261,10 @@ class Exchange:
         relay.seq = lease.seq
         relay.attempt = self.attempts
         relay.tenant = self._context.caller.tenant
+        if self._kept.under_way and self._kept.transcript is not None:
+            relay.resume.CopyFrom(self._kept.transcript.resume())
+        else:
+            relay.ClearField("resume")
         return request.SerializeToString()
 
     def _metadata(self, lease: Lease, model: str) -> tuple[tuple[str, str], ...]:
@@ -213,19 +277,31 @@ class Exchange:
         """After a failed attempt: gives the lease back, then either prepares the next one or raises the failure."""
         self._tried.append(Tried(lease.record, failure.reason.value))
         self._release(failure)
-        self._ahead.clear()
-        self._last = None
-        forwarder, reason = self._forwarder, failure.reason
-        self._spent += reason not in failover.FREE
-        left = self._deadline - self._carrier.now()
-        progress = failover.Progress(self._spent, self._events, left)
-        if failover.next(reason, progress, forwarder.budget) is not failover.Next.OTHER:
+        forwarder, reason, kept, now = self._forwarder, failure.reason, self._kept, self._carrier.now()
+        brought = self._brought()
+        resumable = (kept.under_way or brought > 0) and kept.possible()
+        if brought and resumable:
+            self._spent = 0
+        elif reason not in failover.FREE:
+            self._spent += 1
+        self._broken += reason is Reason.ENGINE_FAILED
+        progress = failover.Progress(
+            self._spent, self._events, self._deadline - now, self._broken, kept.resumes, resumable
+        )
+        step = failover.next(reason, progress, forwarder.budget)
+        if step is failover.Next.STOP:
             raise failure from None
-        facts = self._facts
+        if resumable:
+            kept.go_on(reason, brought, now)
+            self._last = None
+        else:
+            self._begin_anew()
         if reason in (Reason.INSTANCE_FULL, Reason.STARTING):
             return  # the router leaves it alone for a moment; others, or the queue, take the request
-        excluded = facts.excluded | {lease.instance_id}
-        counted = exact_prompt_tokens(error, failure) if reason is Reason.OUT_OF_RANGE else 0
+        facts = self._facts
+        # Whoever failed it before it got on may be well again by now, and is needed in a small fleet.
+        excluded = (frozenset() if brought and resumable else facts.excluded) | {lease.instance_id}
+        counted = exact_prompt_tokens(error, failure) if reason is Reason.OUT_OF_RANGE and not resumable else 0
         if counted:
             self._facts = replace(facts, excluded=excluded, prompt_tokens=counted, counted=True)
         else:
@@ -234,6 +310,16 @@ class Exchange:
         if reason not in failover.UNBUDGETED and not self._retrying:
             self._retrying = True
             forwarder.budget.retrying += 1
+
+    def _begin_anew(self) -> None:
+        """Nothing has been sent, and what there is cannot be used."""
+        self._kept.begin_anew()
+        self._ahead.clear()
+        self._last = None
+
+    def _brought(self) -> int:
+        """Tokens of the attempt that is or was last under way."""
+        return self._last.tokens if self._last is not None else 0
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -262,12 +348,11 @@ class Exchange:
         self._release(error)
         forwarder.leave()
         usage = last.usage if last is not None else None
-        ttft_s = last.ttft_s if last is not None else 0.0
         prompt = usage.prompt_tokens if usage is not None else 0
-        completion = usage.completion_tokens if usage is not None else last.tokens if last is not None else 0
+        completion = usage.completion_tokens if usage is not None else self._kept.before + self._brought()
         if self._reserved:
             started = self._facts.prompt_tokens or self._carrier.router.estimate(self._facts)[0]
-            used = prompt + completion if usage is not None else (started + completion if ttft_s else 0)
+            used = prompt + completion if usage is not None else (started + completion if completion else 0)
             forwarder.quota.settle(caller.tenant, self._reserved, used)
         endpoint = self._endpoint
         outcome = word(error)
@@ -280,7 +365,7 @@ class Exchange:
             instance=endpoint.id if endpoint else "",
             served_model=endpoint.model if endpoint else "",
             attempts=self.attempts,
-            ttft_s=ttft_s,
+            ttft_s=self._ttft_s,
             duration_s=self._carrier.now() - self._begun,
             prompt_tokens=prompt,
             completion_tokens=completion,
@@ -288,6 +373,7 @@ class Exchange:
             record=self._record,
             tried=tuple(self._tried),
             facts=self._facts if self._record is not None else None,
+            resumes=self._kept.resumes,
         )
         forwarder.observe.finished(report, error)
         if self._spans is not None:

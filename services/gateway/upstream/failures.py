@@ -53,16 +53,16 @@ def exact_prompt_tokens(error: BaseException, failure: MeshError) -> int:
     return int(found.group()) if found else 0
 
 
-def stream_lost(failure: MeshError, instance_id: str, tokens: int, events: int) -> MeshError:
-    """The end of a stream that had begun: says how far it got. The caller's own endings stay what they are."""
+def stream_lost(failure: MeshError, instance_id: str, tokens: int, events: int, obstacle: str = "") -> MeshError:
+    """The end of a stream that had begun: says how far it got, and (`obstacle`) why nobody goes on with it. The
+    caller's own endings stay what they are."""
     if failure.reason in (Reason.DEADLINE_EXCEEDED, Reason.CANCELLED):
         return failure
     got = f"{tokens} tokens" if tokens or not events else f"{events} events"
-    return MeshError(
-        Reason.STREAM_LOST,
-        f"the stream from {instance_id} was lost after {got}: {failure.message}",
-        retry_after_s=failure.retry_after_s,
-    )
+    message = f"the stream from {instance_id} was lost after {got}: {failure.message}"
+    if obstacle:
+        message += f"; it cannot be resumed: {obstacle}"
+    return MeshError(Reason.STREAM_LOST, message, retry_after_s=failure.retry_after_s)
 
 
 def refusal(refuse: Refuse, failure: MeshError | None) -> MeshError:
