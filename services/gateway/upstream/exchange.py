@@ -315,7 +315,7 @@ class Exchange:
         """Nothing has been sent, and what there is cannot be used."""
         self._kept.begin_anew()
         self._ahead.clear()
-        self._last = None
+        self._last, self._ttft_s = None, 0.0
 
     def _brought(self) -> int:
         """Tokens of the attempt that is or was last under way."""
@@ -352,7 +352,7 @@ class Exchange:
         completion = usage.completion_tokens if usage is not None else self._kept.before + self._brought()
         if self._reserved:
             started = self._facts.prompt_tokens or self._carrier.router.estimate(self._facts)[0]
-            used = prompt + completion if usage is not None else (started + completion if completion else 0)
+            used = prompt + completion if usage is not None else (started + completion if self._ttft_s else 0)
             forwarder.quota.settle(caller.tenant, self._reserved, used)
         endpoint = self._endpoint
         outcome = word(error)
