@@ -43,6 +43,13 @@ def test_uncached_work_is_dearer_where_others_wait(backlog: float, factor: float
     assert cost.price(backlog) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize(
+    ("decoding", "work", "growth", "seconds"), [(0, 1.0, 0.1, 0.0), (-1, 1.0, 0.1, 0.0), (40, 0.5, 0.05, 22.0)]
+)
+def test_a_prompt_delays_everybody_who_decodes_there(decoding: int, work: float, growth: float, seconds: float) -> None:
+    assert cost.delayed_s(decoding, work, growth) == pytest.approx(seconds)
+
+
 @pytest.mark.parametrize(("load", "seconds"), [(0.0, 0.0), (0.5, 2.0), (0.75, 6.0), (5.0, 18.0)])
 def test_short_work_pays_for_the_long_prompts_it_delays(load: float, seconds: float) -> None:
     assert cost.reserve_s(2.0, load) == pytest.approx(seconds)

@@ -6,14 +6,13 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from infermesh.errors import Reason
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.gateway.routing.admission import Bounds
-from services.gateway.routing.decision import Decision, Dispatch, Effect, Lease, Wait
+from services.gateway.routing.decision import Decision, Dispatch, Effect, Lease, Refuse, Wait
 from services.gateway.routing.degrade import DWELL_S, Switch
-from services.gateway.routing.facts import End, Facts, LoadReport, Member, Outcome
+from services.gateway.routing.facts import End, Facts, Member, Outcome
 from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
 
@@ -194,73 +193,34 @@ def test_weighted_aliases_are_sticky_for_a_session_and_skip_what_is_not_there() 
     assert isinstance(skipped, Dispatch) and skipped.lease.record.model == "v2"
 
 
-_step = st.tuples(
-    st.sampled_from(("pick", "pick", "pick", "started", "release", "cancel", "report", "tick")),
-    st.integers(0, 4000),
-    st.floats(0, 0.999),
-)
+def test_who_can_be_on_time_goes_before_who_cannot_and_the_overdue_have_a_share() -> None:
+    r = router(endpoint("a"), policy=Policy(ttft_s=2.0), bounds=Bounds(max_wait_s=30))
+    head = r.pick(facts(30_000), NOW)  # 30 s of prompt: everybody waits
+    assert isinstance(head, Dispatch)
+    old = [r.pick(facts(since=NOW + i / 10), NOW + i / 10) for i in range(6)]
+    r.tick(NOW + 20)  # they are late, and overdue: more than half of the longest wait
+    new = [r.pick(facts(since=NOW + 20 + i / 10), NOW + 20) for i in range(6)]
+    names = {d.ticket: "old" for d in old if isinstance(d, Wait)} | {
+        d.ticket: "new" for d in new if isinstance(d, Wait)
+    }
+    order = [names[ticket] for ticket, _ in drain(r, [head], NOW + 20) if ticket]
+    assert order.count("new") == order.count("old") == 6
+    assert order[:8].count("new") == 6, order  # the old ones have every fourth place until then
+    assert order[8:] == ["old"] * 4
 
 
-def replay(steps: list[tuple[str, int, float]]) -> tuple[list[object], Router]:
-    fleet = (endpoint("a", 4000), endpoint("b", 900, capacity=Capacity(max_running=3, kv_tokens=9000)), endpoint("c"))
-    r = router(*fleet, bounds=Bounds(max_requests=6, max_wait_s=4))
-    leases: list[Lease] = []
-    tickets: list[int] = []
-    said: list[object] = []
-    now = NOW
-
-    def carry(effects: list[Effect]) -> None:
-        said.append(effects)
-        for effect in effects:
-            if getattr(effect, "ticket", 0):
-                tickets.remove(effect.ticket)  # type: ignore[union-attr]
-            if isinstance(effect, Dispatch):
-                leases.append(effect.lease)
-
-    for what, number, draw in steps:
-        now += draw / 10
-        if what == "pick":
-            chain = tuple(range(number % 7 * 100, number % 7 * 100 + 4))
-            d = r.pick(facts(number + 1, chain=chain, chain_share=0.2, tenant=str(number % 3), since=now), now, draw)
-            said.append(d)
-            if isinstance(d, Dispatch):
-                leases.append(d.lease)
-            elif isinstance(d, Wait):
-                tickets.append(d.ticket)
-        elif what == "started" and leases:
-            carry(r.started(leases[number % len(leases)], now))
-        elif what == "release" and leases:
-            end = list(End)[number % len(End)]
-            carry(r.release(leases.pop(number % len(leases)), Outcome(end, prompt_tokens=number), now))
-        elif what == "cancel" and tickets:
-            carry(r.cancel(tickets.pop(number % len(tickets)), now))
-        elif what == "report":
-            load = LoadReport(number % 5, 0, number, draw, number, None, number, number % 3, number // 2)
-            carry(r.report("abc"[number % 3], 1, load, now))
-        elif what == "tick":
-            carry(r.tick(now))
-        for instance in r.fleet.instances.values():
-            ledger = instance.ledger
-            assert min(ledger.own_work, ledger.own_prompt, ledger.own_slots, ledger.foreign_work) >= 0
-            assert ledger.wait_s(now) >= 0 and instance.line.seconds >= 0
-    while leases or tickets:
-        while leases:
-            carry(r.release(leases.pop(), Outcome(End.CANCELLED), now))
-        now += 5
-        carry(r.tick(now))
-    return said, r
-
-
-@settings(max_examples=10_000, deadline=None)
-@given(st.lists(_step, max_size=12))
-def test_same_inputs_same_decisions_and_nothing_leaks(steps: list[tuple[str, int, float]]) -> None:
-    said, r = replay(steps)
-    assert replay(steps)[0] == said
-    for instance in r.fleet.instances.values():
-        ledger = instance.ledger
-        assert (ledger.entries, ledger.pending, instance.line.count, r.waiting) == ({}, {}, 0, 0)
-        assert (ledger.own_prompt, ledger.own_work, ledger.own_output, ledger.own_slots) == (0, 0, 0, 0)
-        assert ledger.own_resident == 0
+def test_a_prompt_too_long_for_anybody_is_asked_about_at_once_and_holds_nobody_up() -> None:
+    fleet = [endpoint(name, capacity=Capacity(context_max=8192)) for name in "ab"]
+    r = router(*fleet)
+    for _ in range(8):
+        r.pick(facts(1000), NOW)
+    asked = r.pick(facts(500_000), NOW)  # an estimate: the instance counts, and refuses without computing anything
+    assert isinstance(asked, Dispatch) and asked.lease.instance_id in "ab"
+    r.release(asked.lease, Outcome(End.REFUSED, Reason.OUT_OF_RANGE, prompt_tokens=480_000), NOW)
+    exact = facts(480_000, counted=True, excluded=frozenset({asked.lease.instance_id}))
+    refused = r.pick(exact, NOW)
+    assert isinstance(refused, Refuse) and refused.reason is Reason.CONTEXT_LENGTH_EXCEEDED
+    assert "480000 tokens" in refused.message and r.waiting == 6
 
 
 @pytest.mark.parametrize(

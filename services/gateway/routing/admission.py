@@ -130,13 +130,21 @@ class Queue:
         least = min(self.served[tenant] for tenant in self.present)
         return {tenant: self.served[tenant] - least for tenant in self.present}
 
-    def hurry(self, now: float) -> list[Waiting]:
-        """Those who have waited so long that they go before their class from now on."""
+    def age(self, now: float, target: float) -> None:
+        """Moves those whose place in the order time has changed. `target`: seconds to the first token, for those who
+        ask for nothing else."""
         limit = now - OVERDUE * self.bounds.max_wait_s
-        found = [w for w in self.tickets.values() if not w.hurried and w.facts.since and w.facts.since < limit]
-        for waiting in found:
-            waiting.hurried = True
-        return found
+        for waiting in list(self.tickets.values()):
+            facts = waiting.facts
+            late = waiting.late or now + waiting.work > facts.since + (facts.ttft_target_s or target)
+            overdue = waiting.overdue or facts.since < limit
+            if (late, overdue) != (waiting.late, waiting.overdue):
+                home, work, saved = waiting.home, waiting.work, waiting.saved
+                instance = self.homes.get(home)
+                self.lift(waiting)
+                waiting.late, waiting.overdue = late, overdue
+                if instance is not None:
+                    self.place(waiting, instance, work, saved)
 
     def relatives(self, facts: Facts) -> list[Waiting]:
         """Some of those who wait with the same beginning."""

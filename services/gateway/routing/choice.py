@@ -29,7 +29,8 @@ class Choice:
     """`instance` is the cheapest one, which takes the request now if `ready`; or `refusal` is set with its message; or
     neither: then it may wait, for anybody or (`settling`) for an instance that is still being linked.
 
-    `work`: seconds of its prompt there, `uncached`: tokens. `long`: only the long-context tier could take it.
+    `work`: seconds of its prompt there. `long`: only the long-context tier could take it. `asks`: it is thought to be
+    too long for everybody, and the instance is asked for the exact count.
     """
 
     record: Record
@@ -40,6 +41,7 @@ class Choice:
     cached: int = 0
     wait: float = 0.0
     long: bool = False
+    asks: bool = False
     refusal: Reason | None = None
     message: str = ""
     settling: bool = False
@@ -71,6 +73,8 @@ def choose(
         return _nobody(facts, rejected, prompt, output)
     llm = facts.kind == "llm" and facts.slots > 0
     long = llm and all(instance.endpoint.tier == "long-context" for instance in passed)
+    over = llm and filters.context_word(passed[0].endpoint.capacity, prompt, facts.max_tokens, facts.counted)
+    asks = over == "context_over"  # too long for all of them: whoever is asked refuses at once, with the exact count
     waits = [instance.ledger.wait_s(now) for instance in passed]
     crowds = [instance.crowd() for instance in passed]
     backlog = sum(waits) + sum(i.line.seconds * crowd for i, crowd in zip(passed, crowds, strict=True))
@@ -95,7 +99,8 @@ def choose(
             step = rates.step(ledger.resident_tokens() + prompt)
             if running:
                 work *= rates.interference(step)
-            decode = cost.DECODE_SHARE * output * step
+            delayed = cost.delayed_s(running - len(ledger.pending), work, rates.kv_s * (prompt + output / 2) * output)
+            decode = cost.DECODE_SHARE * (output * step + delayed)
             queue = 1 + instance.line.count * crowd  # those who wait for the same room
             free_slot = cost.slot_wait_s(mean_output, step, running)
             if not slot:
@@ -114,7 +119,7 @@ def choose(
             room = max(instance.full_until - now, wait / max(1, running))
         if instance.line.count:
             line = instance.line.ahead_s(work) * crowd
-        ready = slot and not room and instance.is_open(wait, crowd)
+        ready = slot and (asks or (not room and instance.is_open(wait, crowd)))
         seconds = (wait, line, room, work * price, reserve, decode)
         total = sum(seconds) / rates.weight
         candidates.append(Candidate(endpoint.id, total, seconds, rates.weight, cached, ready))
@@ -138,7 +143,7 @@ def choose(
         predicted_ttft_s=thought,
         unexamined=len(pool) - len(examined),
     )
-    return Choice(record, passed[index], ready, work, step, chosen.cached_tokens, thought - work - step, long)
+    return Choice(record, passed[index], ready, work, step, chosen.cached_tokens, thought - work - step, long, asks)
 
 
 def _cheapest(
@@ -201,6 +206,9 @@ def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) 
         message = f"no instance of {facts.model} is left with the same weights, tokenizer and template"
     elif "context_under" in words:
         message = f"no instance of {facts.model} takes prompts as short as {prompt} tokens"
+    elif words == {"context_over"}:
+        refusal = Reason.CONTEXT_LENGTH_EXCEEDED
+        message = f"the prompt has {prompt} tokens, and no instance of {facts.model} takes so many"
     elif not words:
         message = f"no other instance of {facts.model}"
     word = refusal.value if refusal else "starting"

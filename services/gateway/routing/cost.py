@@ -16,7 +16,7 @@ PRIOR_TOKENS_PER_S = 5000.0
 
 CHUNK_TOKENS = 2048  # prompt tokens that share an engine step with the decoding requests: vLLM's smaller default
 PRICE_PER_S = 1.0  # β: what a second of backlog adds to the price of a second of uncached work
-DECODE_SHARE = 0.02  # γ: what a second of decoding weighs beside a second before the first token
+DECODE_SHARE = 0.02  # γ: what a second of anybody's decoding weighs beside a second before the first token
 RESERVED_AT_MOST = 0.9  # of an instance's time, for long prompts
 
 
@@ -33,6 +33,12 @@ def step_s(base_s: float, kv_s_per_token: float, resident: float) -> float:
 def interference(step: float, tps: float) -> float:
     """How much longer prefill takes on an engine that decodes beside it: each chunk's step carries a decode step."""
     return 1.0 + step * tps / CHUNK_TOKENS
+
+
+def delayed_s(decoding: int, work: float, growth: float) -> float:
+    """Seconds by which all `decoding` requests together end later: steps that carry the prompt last `work` longer in
+    all, and its KV cache makes each later step longer, by `growth` in all."""
+    return max(0, decoding) * (work + growth)
 
 
 def slot_wait_s(mean_output: float, step: float, running: int) -> float:

@@ -19,7 +19,7 @@ _NOT_NOW = {State.DRAINING: "draining", State.LOST: "lost", State.STARTING: "sta
 
 def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[Instance], Rejected]:
     """Splits the instances of a model (sorted by id). Suspects are taken only where nobody is healthy; the widest
-    context range is taken, to give the exact refusal, where none is wide enough."""
+    context range is taken, to give the exact refusal, where none is wide enough for an estimate."""
     passed: list[Instance] = []
     suspects: list[Instance] = []
     too_narrow: list[Instance] = []
@@ -45,9 +45,10 @@ def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[
         passed = suspects
     if not passed and too_narrow:
         widest = max(instance.endpoint.capacity.context_max for instance in too_narrow)
-        passed = [instance for instance in too_narrow if instance.endpoint.capacity.context_max == widest]
-        taken = {instance.id for instance in passed}
-        rejected = [line for line in rejected if line[0] not in taken]
+        if not facts.counted or prompt < widest:  # else nobody has to be asked
+            passed = [instance for instance in too_narrow if instance.endpoint.capacity.context_max == widest]
+            taken = {instance.id for instance in passed}
+            rejected = [line for line in rejected if line[0] not in taken]
     rejected.sort()
     return passed, tuple(rejected)
 

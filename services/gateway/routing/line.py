@@ -1,8 +1,10 @@
 """Who waits in this gateway for one instance, in the order in which it would take them.
 
 A place in a line is not a binding: when the instance can take somebody, or another one stands idle, the choice is made
-again with what is known then. Order: class and priority, then a key that never changes while a request waits (its work
-here plus its age at a discount: short work first, but everybody's turn comes), then fairness between tenants.
+again with what is known then. Order: class and priority; then those whose first token can still come within the target
+(under overload, age alone would make everybody late); then a key that never changes while a request waits (its work
+here plus its age at a discount: short work first), then fairness between tenants. Every fourth place is for those
+overdue, whoever they are.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from services.gateway.routing.facts import Facts
 AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
 HASTE = 1.0  # a second that the cache saves now, and might not later, outweighs so many seconds of work
 FAIRNESS = 1.0  # a second of service that a tenant had beyond the least served one outweighs so many of its work
-OVERDUE = 0.5  # of the longest wait: from then on a request goes before its class
+OVERDUE = 0.5  # of the longest wait: from then on a request has a share in every fourth place
+TURN = 4
+LATE = 1e9  # more than any work: who cannot be on time goes after those who can
 SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
 _CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
 Rank = tuple[int, int]
@@ -28,7 +32,7 @@ Key = tuple[int, int, float, int]
 class Waiting:
     """One waiting request. `until`: when it is given up, whatever comes first of deadline, age and grace. `held`: the
     part of its prompt by instance, as last known. `work`: seconds of its prompt where it stands; `home`: the instance's
-    id, empty where nobody could take it yet."""
+    id, empty where nobody could take it yet. `late`: its first token cannot come within the target any more."""
 
     ticket: int
     facts: Facts
@@ -40,41 +44,49 @@ class Waiting:
     work: float = 0.0
     saved: float = 0.0
     key: Key = (0, 0, 0.0, 0)
-    hurried: bool = False
+    late: bool = False
+    overdue: bool = False
     degraded_from: str = ""
 
     def order(self, work: float, saved: float) -> Key:
         facts = self.facts
-        rank = _CLASS_RANK.get(facts.klass, 1) - (3 if self.hurried else 0)
-        return (rank, -facts.priority, work - HASTE * saved + AGING * facts.since, self.ticket)
+        key = work - HASTE * saved + AGING * facts.since + (LATE if self.late else 0.0)
+        return (_CLASS_RANK.get(facts.klass, 1), -facts.priority, key, self.ticket)
 
 
 @dataclass(slots=True)
 class Line:
-    """`seconds`: work of all that stand here; `sizes`: the same by power of two."""
+    """`seconds`: work of all that stand here; `sizes`: of those who are not late, by power of two; `overdue`: those who
+    are, by ticket, in the order in which that was seen."""
 
     tenants: dict[str, list[tuple[Key, Waiting]]] = field(default_factory=dict)
     seconds: float = 0.0
     count: int = 0
     sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
+    overdue: dict[int, Waiting] = field(default_factory=dict)
 
     def add(self, waiting: Waiting, home: str, work: float, saved: float) -> None:
         waiting.home, waiting.work, waiting.saved, waiting.key = home, work, saved, waiting.order(work, saved)
         insort(self.tenants.setdefault(waiting.facts.tenant, []), (waiting.key, waiting), key=_key)
         self.count += 1
         self.seconds += work
-        self.sizes[_size(work)] += work
+        if not waiting.late:
+            self.sizes[_size(work)] += work
+        if waiting.overdue:
+            self.overdue[waiting.ticket] = waiting
 
     def remove(self, waiting: Waiting) -> None:
         entries = self.tenants[waiting.facts.tenant]
         del entries[bisect_left(entries, waiting.key, key=_key)]
         if not entries:
             del self.tenants[waiting.facts.tenant]
+        self.overdue.pop(waiting.ticket, None)
         waiting.home = ""
         self.count -= 1
         if self.count:
             self.seconds -= waiting.work
-            self.sizes[_size(waiting.work)] -= waiting.work
+            if not waiting.late:
+                self.sizes[_size(waiting.work)] -= waiting.work
         else:  # no dust of rounding
             self.seconds, self.sizes = 0.0, [0.0] * SIZES
 
@@ -84,8 +96,11 @@ class Line:
             return 0.0
         return sum(self.sizes[: _size(work) + 1])  # equals go by age
 
-    def first(self, served: dict[str, float]) -> Waiting | None:
-        """Whom the instance would take now. `served`: seconds that each tenant had beyond the least served one."""
+    def first(self, served: dict[str, float], turn: int) -> Waiting | None:
+        """Whom the instance would take now. `served`: seconds that each tenant had beyond the least served one. `turn`:
+        how many requests it has taken."""
+        if self.overdue and turn % TURN == 0:
+            return next(iter(self.overdue.values()))
         best: Waiting | None = None
         lowest: tuple[int, int, float, int] | None = None
         for tenant, entries in self.tenants.items():

@@ -33,7 +33,8 @@ def pick(desk: Desk, facts: Facts, now: float, draw: float) -> Decision:
         return Refuse(choice.refusal, choice.message, choice.record, retry_after(desk, facts, choice.refusal))
     instance = choice.instance
     if instance is not None and choice.ready:
-        first = instance.line.first(desk.queue.ahead()) if instance.line.count and facts.slots else None
+        line = instance.line if instance.line.count and facts.slots and not choice.asks else None
+        first = line.first(desk.queue.ahead(), instance.ledger.arrivals) if line is not None else None
         probe = Waiting(0, facts, 0, 0.0, draw, {})
         if first is None or probe.order(choice.work, 0.0) < first.key:
             return Dispatch(desk.reserve(choice, facts, now))
@@ -63,7 +64,8 @@ def serve(desk: Desk, instance: Instance, now: float) -> list[Effect]:
     tries = 0
     while tries < TRIES and could_start(instance, now):
         line = instance.line
-        waiting = line.first(desk.queue.ahead()) if line.count else _relief(desk, instance, now)
+        turn = instance.ledger.arrivals
+        waiting = line.first(desk.queue.ahead(), turn) if line.count else _relief(desk, instance, now)
         if waiting is None:
             break
         tries += 1
@@ -84,11 +86,7 @@ def serve_all(desk: Desk, now: float) -> list[Effect]:
         return effects
     for waiting in list(desk.queue.unplaced.values()):
         effects += again(desk, waiting, now)
-    for waiting in desk.queue.hurry(now):
-        if waiting.home:
-            instance, work, saved = desk.queue.homes[waiting.home], waiting.work, waiting.saved
-            desk.queue.lift(waiting)
-            desk.queue.place(waiting, instance, work, saved)
+    desk.queue.age(now, desk.policy.ttft_s)
     lanes = list(desk.queue.requests)
     seen: set[str] = set()
     for lane in lanes:
