@@ -34,8 +34,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     f"{GATEWAY}.config": (*SERVICE, f"{GATEWAY}.routing"),
     f"{GATEWAY}.front": (
         *SERVICE,
-        *(f"{GATEWAY}.{room}" for room in ("config", "observe", "upstream", "routing")),
+        *(f"{GATEWAY}.{room}" for room in ("config", "observe", "past", "upstream", "routing")),
     ),
+    f"{GATEWAY}.past": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("observe", "routing"))),
     f"{GATEWAY}.upstream": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("config", "observe", "routing"))),
     f"{GATEWAY}.routing": BOTTOM,
     f"{GATEWAY}.simulator": (*BOTTOM, f"{GATEWAY}.routing"),

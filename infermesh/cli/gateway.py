@@ -53,6 +53,10 @@ def command(
     queue_requests: Annotated[int | None, typer.Option(help="Requests that may wait for a model.")] = None,
     queue_tokens: Annotated[int | None, typer.Option(help="Tokens that may wait for a model.")] = None,
     queue_wait_s: Annotated[float | None, typer.Option(help="Seconds that a request may wait.")] = None,
+    explain_dir: Annotated[
+        Path | None, typer.Option(help="Where decisions about past requests are kept; .infermesh/explain unless told.")
+    ] = None,
+    explain_mib: Annotated[int | None, typer.Option(help="MiB of them, 64 unless told; 0: none.")] = None,
     otlp: Annotated[str | None, typer.Option(help="OTLP/gRPC endpoint for spans; none unless told.")] = None,
     channelz: Annotated[bool | None, typer.Option("--channelz", help="Serve channelz.")] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,

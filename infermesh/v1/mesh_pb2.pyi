@@ -376,3 +376,142 @@ class DrainInstanceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainInstanceResponse: _TypeAlias = DrainInstanceResponse  # noqa: Y015
+
+@_typing.final
+class RecordTrafficRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordTrafficRequest: _TypeAlias = RecordTrafficRequest  # noqa: Y015
+
+@_typing.final
+class RecordTrafficResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    DROPPED_FIELD_NUMBER: _builtins.int
+    dropped: _builtins.int
+    """so far, because they came faster than they were read"""
+    @_builtins.property
+    def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___TracedRequest]:
+        """that arrived after the recording began, in the order of their ends"""
+
+    def __init__(
+        self,
+        *,
+        requests: _abc.Iterable[Global___TracedRequest] | None = ...,
+        dropped: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dropped", b"dropped", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RecordTrafficResponse: _TypeAlias = RecordTrafficResponse  # noqa: Y015
+
+@_typing.final
+class TracedRequest(_message.Message):
+    """One request that has ended. Salts are made for each recording and forgotten with it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIMESTAMP_MS_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    TENANT_CLASS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    INPUT_LENGTH_FIELD_NUMBER: _builtins.int
+    OUTPUT_LENGTH_FIELD_NUMBER: _builtins.int
+    HASH_IDS_FIELD_NUMBER: _builtins.int
+    BLOCK_TOKENS_FIELD_NUMBER: _builtins.int
+    MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
+    DOCUMENT_ID_FIELD_NUMBER: _builtins.int
+    DEGRADE_FIELD_NUMBER: _builtins.int
+    OUTCOME_FIELD_NUMBER: _builtins.int
+    INSTANCE_FIELD_NUMBER: _builtins.int
+    SERVED_MODEL_FIELD_NUMBER: _builtins.int
+    ATTEMPTS_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    TTFT_MS_FIELD_NUMBER: _builtins.int
+    E2E_MS_FIELD_NUMBER: _builtins.int
+    timestamp_ms: _builtins.float
+    """its arrival, unix time"""
+    kind: _builtins.str
+    """llm | embedding | rerank"""
+    model: _builtins.str
+    """as asked for"""
+    tenant: _builtins.str
+    """salted"""
+    tenant_class: _builtins.str
+    priority: _builtins.int
+    input_length: _builtins.int
+    """tokens; estimated where no instance counted them"""
+    output_length: _builtins.int
+    """tokens; estimated where it never began"""
+    block_tokens: _builtins.float
+    """tokens of a block, on average over this prompt"""
+    max_tokens: _builtins.int
+    session_id: _builtins.str
+    """salted"""
+    document_id: _builtins.str
+    """salted"""
+    degrade: _builtins.bool
+    outcome: _builtins.str
+    """ok, or the word of a reason"""
+    instance: _builtins.str
+    """that served it last"""
+    served_model: _builtins.str
+    attempts: _builtins.int
+    cached_tokens: _builtins.int
+    ttft_ms: _builtins.float
+    """0 = never came"""
+    e2e_ms: _builtins.float
+    @_builtins.property
+    def hash_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """salted, 53 bits; each of a block and all before it"""
+
+    def __init__(
+        self,
+        *,
+        timestamp_ms: _builtins.float = ...,
+        kind: _builtins.str = ...,
+        model: _builtins.str = ...,
+        tenant: _builtins.str = ...,
+        tenant_class: _builtins.str = ...,
+        priority: _builtins.int = ...,
+        input_length: _builtins.int = ...,
+        output_length: _builtins.int = ...,
+        hash_ids: _abc.Iterable[_builtins.int] | None = ...,
+        block_tokens: _builtins.float = ...,
+        max_tokens: _builtins.int = ...,
+        session_id: _builtins.str = ...,
+        document_id: _builtins.str = ...,
+        degrade: _builtins.bool | None = ...,
+        outcome: _builtins.str = ...,
+        instance: _builtins.str = ...,
+        served_model: _builtins.str = ...,
+        attempts: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
+        ttft_ms: _builtins.float = ...,
+        e2e_ms: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_degrade", b"_degrade", "degrade", b"degrade"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_degrade", b"_degrade", "attempts", b"attempts", "block_tokens", b"block_tokens", "cached_tokens", b"cached_tokens", "degrade", b"degrade", "document_id", b"document_id", "e2e_ms", b"e2e_ms", "hash_ids", b"hash_ids", "input_length", b"input_length", "instance", b"instance", "kind", b"kind", "max_tokens", b"max_tokens", "model", b"model", "outcome", b"outcome", "output_length", b"output_length", "priority", b"priority", "served_model", b"served_model", "session_id", b"session_id", "tenant", b"tenant", "tenant_class", b"tenant_class", "timestamp_ms", b"timestamp_ms", "ttft_ms", b"ttft_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__degrade: _TypeAlias = _typing.Literal["degrade"]  # noqa: Y015
+    _WhichOneofArgType__degrade: _TypeAlias = _typing.Literal["_degrade", b"_degrade"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__degrade) -> _WhichOneofReturnType__degrade | None: ...
+
+Global___TracedRequest: _TypeAlias = TracedRequest  # noqa: Y015

@@ -59,6 +59,11 @@ class MeshServiceStub:
                 request_serializer=infermesh_dot_v1_dot_mesh__pb2.ReportRequest.SerializeToString,
                 response_deserializer=infermesh_dot_v1_dot_mesh__pb2.ReportResponse.FromString,
                 _registered_method=True)
+        self.RecordTraffic = channel.unary_stream(
+                '/infermesh.v1.MeshService/RecordTraffic',
+                request_serializer=infermesh_dot_v1_dot_mesh__pb2.RecordTrafficRequest.SerializeToString,
+                response_deserializer=infermesh_dot_v1_dot_mesh__pb2.RecordTrafficResponse.FromString,
+                _registered_method=True)
         self.DrainInstance = channel.unary_unary(
                 '/infermesh.v1.MeshService/DrainInstance',
                 request_serializer=infermesh_dot_v1_dot_mesh__pb2.DrainInstanceRequest.SerializeToString,
@@ -104,6 +109,14 @@ class MeshServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RecordTraffic(self, request, context):
+        """This gateway's traffic from now on, for `infermesh sim`: sizes, times and salted hashes, never a prompt (operator's
+        key). A message comes at least every second.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainInstance(self, request, context):
         """Drains an instance wherever it runs (operator's key).
         """
@@ -138,6 +151,11 @@ def add_MeshServiceServicer_to_server(servicer, server):
                     servicer.Report,
                     request_deserializer=infermesh_dot_v1_dot_mesh__pb2.ReportRequest.FromString,
                     response_serializer=infermesh_dot_v1_dot_mesh__pb2.ReportResponse.SerializeToString,
+            ),
+            'RecordTraffic': grpc.unary_stream_rpc_method_handler(
+                    servicer.RecordTraffic,
+                    request_deserializer=infermesh_dot_v1_dot_mesh__pb2.RecordTrafficRequest.FromString,
+                    response_serializer=infermesh_dot_v1_dot_mesh__pb2.RecordTrafficResponse.SerializeToString,
             ),
             'DrainInstance': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainInstance,
@@ -280,6 +298,33 @@ class MeshService:
             '/infermesh.v1.MeshService/Report',
             infermesh_dot_v1_dot_mesh__pb2.ReportRequest.SerializeToString,
             infermesh_dot_v1_dot_mesh__pb2.ReportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RecordTraffic(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/infermesh.v1.MeshService/RecordTraffic',
+            infermesh_dot_v1_dot_mesh__pb2.RecordTrafficRequest.SerializeToString,
+            infermesh_dot_v1_dot_mesh__pb2.RecordTrafficResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -41,6 +41,10 @@ class MeshServiceStub:
     """Direct mode: choose an instance and reserve it; the caller dials it himself. UNIMPLEMENTED for now."""
     Report: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.ReportRequest, _mesh_pb2.ReportResponse]
     """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now."""
+    RecordTraffic: _grpc.UnaryStreamMultiCallable[_mesh_pb2.RecordTrafficRequest, _mesh_pb2.RecordTrafficResponse]
+    """This gateway's traffic from now on, for `infermesh sim`: sizes, times and salted hashes, never a prompt (operator's
+    key). A message comes at least every second.
+    """
     DrainInstance: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.DrainInstanceRequest, _mesh_pb2.DrainInstanceResponse]
     """Drains an instance wherever it runs (operator's key)."""
 
@@ -57,6 +61,10 @@ class MeshServiceAsyncStub(MeshServiceStub):
     """Direct mode: choose an instance and reserve it; the caller dials it himself. UNIMPLEMENTED for now."""
     Report: _aio.UnaryUnaryMultiCallable[_mesh_pb2.ReportRequest, _mesh_pb2.ReportResponse]  # type: ignore[assignment]
     """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now."""
+    RecordTraffic: _aio.UnaryStreamMultiCallable[_mesh_pb2.RecordTrafficRequest, _mesh_pb2.RecordTrafficResponse]  # type: ignore[assignment]
+    """This gateway's traffic from now on, for `infermesh sim`: sizes, times and salted hashes, never a prompt (operator's
+    key). A message comes at least every second.
+    """
     DrainInstance: _aio.UnaryUnaryMultiCallable[_mesh_pb2.DrainInstanceRequest, _mesh_pb2.DrainInstanceResponse]  # type: ignore[assignment]
     """Drains an instance wherever it runs (operator's key)."""
 
@@ -100,6 +108,16 @@ class MeshServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_mesh_pb2.ReportResponse, _abc.Awaitable[_mesh_pb2.ReportResponse]]:
         """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now."""
+
+    @_abc_1.abstractmethod
+    def RecordTraffic(
+        self,
+        request: _mesh_pb2.RecordTrafficRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_mesh_pb2.RecordTrafficResponse], _abc.AsyncIterator[_mesh_pb2.RecordTrafficResponse]]:
+        """This gateway's traffic from now on, for `infermesh sim`: sizes, times and salted hashes, never a prompt (operator's
+        key). A message comes at least every second.
+        """
 
     @_abc_1.abstractmethod
     def DrainInstance(

@@ -27,7 +27,7 @@ from services.chassis.registering import connect_registry, operator_key
 from services.chassis.server import Phase, Server
 from services.chassis.settings import split_address
 from services.chassis.signals import Stop
-from services.gateway.config import GatewaySettings
+from services.gateway.config import DEFAULT_PAST, GatewaySettings
 from services.gateway.front import rpc
 from services.gateway.front.answer import Answer
 from services.gateway.front.embed_stream import EmbedStream
@@ -36,6 +36,9 @@ from services.gateway.front.mesh import MESH, Mesh
 from services.gateway.front.rest import build_app
 from services.gateway.loop import HoldMeter, run_metered
 from services.gateway.observe import Observe
+from services.gateway.past.decisions import Decisions
+from services.gateway.past.ring import Ring
+from services.gateway.past.traffic import Traffic
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.router import Router
 from services.gateway.tracing import Tracing
@@ -62,6 +65,7 @@ class Gateway:
     carrier: Carrier
     observe: Observe
     keys: Keys
+    decisions: Decisions | None = None
     registry: Registry | None = None
     rest: HttpServer | None = None
 
@@ -156,8 +160,31 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)
     door = rpc.Door(forwarder, keys, observe)
     server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door), Answer(door, directory)))
-    mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys), server.grpc)
-    return Gateway(settings, server, forwarder, directory, carrier, observe, keys, registry)
+    traffic, decisions = Traffic(), _decisions(settings)
+    observe.listeners += [traffic.keep, *([decisions.keep] if decisions else [])]
+    mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, decisions), server.grpc)
+    return Gateway(settings, server, forwarder, directory, carrier, observe, keys, decisions, registry)
+
+
+def _decisions(settings: GatewaySettings) -> Decisions | None:
+    """Those of past requests. Only a folder that was asked for has to be there.
+
+    Raises:
+        ValueError: it cannot be used.
+    """
+    if not settings.explain_mib:
+        return None
+    # By the port where there is no id: the same gateway finds its own again, and others of this folder have theirs.
+    name = settings.id or f"gateway-{split_address(settings.grpc)[1]}"
+    folder = (settings.explain_dir or DEFAULT_PAST) / name
+    try:
+        return Decisions(Ring(folder, settings.explain_mib << 20))
+    except OSError as error:
+        why = "another gateway writes there" if isinstance(error, BlockingIOError) else error.strerror
+        if settings.explain_dir is not None:
+            raise ValueError(f"explain_dir: {folder}: {why}") from None
+        log.warning("past decisions are not kept; --explain-dir names a folder for them", folder=str(folder), why=why)
+        return None
 
 
 def _rest(gateway: Gateway, keys: Keys) -> HttpServer:
@@ -192,6 +219,8 @@ def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
     jobs = {"tick": gateway.carrier.run(), "links": gateway.directory.run()}
     if gateway.registry is not None:
         jobs["registry"] = gateway.directory.watch(gateway.registry)
+    if gateway.decisions is not None:
+        jobs["decisions"] = gateway.decisions.run()
     if gateway.rest is not None:
         jobs["rest"] = gateway.rest.serve()
     return [asyncio.create_task(job, name=name) for name, job in jobs.items()]
@@ -241,6 +270,8 @@ async def _leave(gateway: Gateway, gateway_id: str, tasks: list[asyncio.Task[Non
     await gateway.carrier.channels.close_all()
     if gateway.registry is not None:
         await gateway.registry.close()
+    if gateway.decisions is not None:
+        await gateway.decisions.close()
     gateway.observe.close()
 
 

@@ -11,6 +11,7 @@ from services.chassis.registering import RegistrySettings
 from services.chassis.settings import bind_fault, faults, split_address
 from services.gateway.routing.policy import Policy
 
+DEFAULT_PAST = Path(".infermesh/explain")
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -100,6 +101,8 @@ class GatewaySettings(RegistrySettings):
         default_factory=dict
     )  # instance id -> factor
     time_granularity_s: int = Field(default=86_400, ge=1)  # prompts see the time rounded down to this
+    explain_dir: Path | None = None  # of past decisions; None: DEFAULT_PAST, where that can be written
+    explain_mib: int = Field(default=64, ge=0, le=1 << 20)  # 0: none are kept
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp: str = ""  # OTLP/gRPC endpoint; empty: no spans
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0

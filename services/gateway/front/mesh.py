@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+import secrets
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 
-from infermesh.errors import MeshError, Reason, unsupported
+from infermesh.errors import MeshError, Reason
 from infermesh.v1 import mesh_pb2 as ms
 from infermesh.v1 import mesh_pb2_grpc
 from infermesh.v1.worker_pb2 import Load
 from services.chassis.identity import metadata_value
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
-from services.gateway.routing.decision import Record
+from services.gateway.past.decisions import Decisions, shown
+from services.gateway.past.traffic import Finished, Traffic, traced
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.policy import may_serve
 from services.gateway.upstream.calls import InstanceView
@@ -23,13 +24,18 @@ from services.gateway.upstream.directory import Directory
 
 MESH = "infermesh.v1.MeshService"
 QUIET_S = 0.1  # changes that come together are told together
-KINDS = ("llm", "embedding", "rerank")
+HEARTBEAT_S = 1.0  # a recording hears so often that nothing came
+SALT_BYTES = 32
 
 
 class Mesh(mesh_pb2_grpc.MeshServiceServicer):
-    def __init__(self, directory: Directory, keys: Keys) -> None:
+    """`decisions`: of past requests, None where none are kept."""
+
+    def __init__(self, directory: Directory, keys: Keys, traffic: Traffic, decisions: Decisions | None = None) -> None:
         self._directory = directory
         self._keys = keys
+        self._traffic = traffic
+        self._decisions = decisions
 
     @unary
     async def ListInstances(self, request: ms.ListInstancesRequest, context: Context) -> ms.ListInstancesResponse:
@@ -54,9 +60,9 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
 
     @unary
     async def Explain(self, request: ms.ExplainRequest, context: Context) -> ms.ExplainResponse:
-        models = self._models(context)
         if request.request_id:
-            raise unsupported("request_id", "past requests are not kept; describe one by kind and model")
+            return await self._past(request.request_id, context)
+        models = self._models(context)
         if models and request.model not in models:
             raise MeshError(Reason.PERMISSION_DENIED, f"this API key is not for the model {request.model!r}")
         facts = Facts(
@@ -67,7 +73,38 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
             max_tokens=request.max_tokens,
             features=frozenset(request.features),
         )
-        return ms.ExplainResponse(decision_json=json.dumps(as_dict(self._directory.explain(facts))))
+        return ms.ExplainResponse(decision_json=json.dumps(shown(self._directory.explain(facts))))
+
+    async def _past(self, request_id: str, context: Context) -> ms.ExplainResponse:
+        """Of a caller's own tenant; an operator sees all."""
+        key = self._keys.who(metadata_value(context, "authorization"))
+        if self._decisions is None:
+            why = "this gateway keeps no past decisions: give it a folder it may write with --explain-dir"
+            raise MeshError(Reason.FAILED_PRECONDITION, why)
+        mine = None if key is None or key.role == "operator" else key.tenant
+        found = await self._decisions.find(request_id, lambda tenant: mine is None or tenant == mine)
+        if found is not None:
+            return ms.ExplainResponse(decision_json=json.dumps(found))
+        since = await asyncio.to_thread(self._decisions.since)
+        back = f"since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC" if since else "nothing yet"
+        raise MeshError(
+            Reason.NOT_FOUND,
+            f"this gateway knows of no request {request_id[:128]!r} (it remembers {back}); each gateway knows its own: "
+            "ask the one that served it with --gateway",
+        )
+
+    @stream
+    async def RecordTraffic(
+        self, request: ms.RecordTrafficRequest, context: Context
+    ) -> AsyncIterator[ms.RecordTrafficResponse]:
+        self._keys.operator(metadata_value(context, "authorization"))
+        salt = secrets.token_bytes(SALT_BYTES)
+        with self._traffic.tap() as tap:
+            yield ms.RecordTrafficResponse()  # it has begun
+            while True:
+                batch = await tap.take(HEARTBEAT_S)
+                requests = await asyncio.to_thread(_traced, batch, salt) if batch else []
+                yield ms.RecordTrafficResponse(requests=requests, dropped=tap.dropped)
 
     @unary
     async def DrainInstance(self, request: ms.DrainInstanceRequest, context: Context) -> ms.DrainInstanceResponse:
@@ -117,19 +154,5 @@ def instance_message(view: InstanceView) -> ms.Instance:
     )
 
 
-def as_dict(record: Record) -> Mapping[str, Any]:
-    """The decision record as it is shown."""
-    shown = dataclasses.asdict(record)
-    shown["candidates"] = [
-        {
-            "id": candidate.id,
-            "cost_s": candidate.cost_s,
-            "terms": dict(candidate.terms),
-            "weight": candidate.weight,
-            "cached_tokens": candidate.cached_tokens,
-            "ready": candidate.ready,
-        }
-        for candidate in record.candidates
-    ]
-    shown["rejected"] = [{"id": id, "reason": word} for id, word in record.rejected]
-    return shown
+def _traced(batch: list[Finished], salt: bytes) -> list[ms.TracedRequest]:
+    return [traced(ended, report, salt) for ended, report in batch]

@@ -1,0 +1,147 @@
+"""Decision records as they are shown, and those of past requests, kept on disk.
+
+A request costs the event loop one append to a list; encoding and writing happen in a thread, some requests at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import orjson
+import structlog
+
+from services.gateway.observe import Report
+from services.gateway.past.ring import Ring
+from services.gateway.routing.decision import TERMS, Candidate, Record
+
+FLUSH_S = 0.25
+BATCH = 32  # reports that a thread encodes in one go: some ms
+PENDING = 8192  # reports; more wait only when the disk stands still
+SHOWN = 64  # candidates kept of a past decision: the cheapest, and the chosen one
+REQUEST = (
+    *("request_id", "method", "tenant", "model", "outcome", "instance", "served_model", "attempts"),
+    *("ttft_s", "duration_s", "prompt_tokens", "completion_tokens", "cached_tokens"),
+)
+log = structlog.get_logger("past")
+
+
+def shown(record: Record | Mapping[str, Any]) -> dict[str, Any]:
+    """A decision record as `explain --json` prints it, from the value or from what was kept of it."""
+    fields = dataclasses.asdict(record) if isinstance(record, Record) else dict(record)
+    fields["candidates"] = [
+        {
+            "id": id,
+            "cost_s": cost_s,
+            "terms": dict(zip(TERMS, seconds, strict=False)),
+            "weight": weight,
+            "cached_tokens": cached,
+            "ready": ready,
+        }
+        for id, cost_s, seconds, weight, cached, ready in fields["candidates"]
+    ]
+    fields["rejected"] = [{"id": id, "reason": word} for id, word in fields["rejected"]]
+    return fields
+
+
+def kept(at: float, report: Report) -> bytes:
+    """A report as one line of JSON. `at`: unix time of the request's end."""
+    tried = [(item.record, item.outcome) for item in report.tried]
+    if not tried and report.record is not None:
+        tried = [(report.record, report.outcome)]
+    fields: dict[str, Any] = {name: getattr(report, name) for name in REQUEST}
+    fields["at"] = at
+    fields["decisions"] = [{"outcome": outcome, "record": _fewer(record)} for record, outcome in tried]
+    return orjson.dumps(fields, default=tuple)
+
+
+def _fewer(record: Record) -> Record:
+    if len(record.candidates) <= SHOWN:
+        return record
+
+    def order(candidate: Candidate) -> tuple[bool, float]:
+        return candidate.id != record.chosen, candidate.cost_s
+
+    best = sorted(sorted(record.candidates, key=order)[:SHOWN])
+    left_out = len(record.candidates) - SHOWN
+    return dataclasses.replace(record, candidates=tuple(best), unexamined=record.unexamined + left_out)
+
+
+def past(line: bytes) -> dict[str, Any]:
+    """What `explain --request-id --json` prints: the last decision record, and beside it the request and every decision
+    for it, in order. Raises ValueError for what is no such line."""
+    try:
+        fields = orjson.loads(line)
+        decisions = [{"outcome": item["outcome"], **shown(item["record"])} for item in fields["decisions"]]
+        request = {name: fields[name] for name in ("at", *REQUEST)}
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"a damaged line: {error!r}") from None
+    last = dict(decisions[-1]) if decisions else shown(Record("", fields["model"], reason=fields["outcome"]))
+    last.pop("outcome", None)
+    return {**last, "request": request, "decisions": decisions}
+
+
+class Decisions:
+    """The decisions of past requests. One task runs `run`; `find` may be asked at any time."""
+
+    def __init__(self, ring: Ring) -> None:
+        self._ring = ring
+        self._pending: list[tuple[float, Report]] = []
+        self._dropped = 0
+        self._writing = asyncio.Lock()
+
+    def keep(self, report: Report) -> None:
+        """Takes note of the end of a request."""
+        if len(self._pending) < PENDING:
+            self._pending.append((time.time(), report))
+        else:
+            self._dropped += 1
+
+    async def run(self) -> None:
+        while True:
+            await asyncio.sleep(FLUSH_S)
+            await self.flush()
+
+    async def flush(self) -> None:
+        async with self._writing:
+            while self._pending:
+                batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+                try:
+                    await asyncio.to_thread(self._write, batch)
+                except OSError as error:
+                    self._dropped += len(batch)
+                    log.warning("decisions cannot be kept", error=str(error), lost=self._dropped)
+                    return
+            if self._dropped:
+                log.warning("decisions were not kept: the disk is too slow", lost=self._dropped)
+                self._dropped = 0
+
+    async def find(self, request_id: str, may: Callable[[str], bool]) -> dict[str, Any] | None:
+        """The newest request of that id, of a tenant that `may` be shown."""
+        await self.flush()
+        beginning = orjson.dumps({"request_id": request_id})[:-1] + b","
+        async with self._writing:  # one search at a time: it reads the whole ring
+            return await asyncio.to_thread(self._search, beginning, may)
+
+    def since(self) -> float | None:
+        return self._ring.since()
+
+    async def close(self) -> None:
+        await self.flush()
+        self._ring.close()
+
+    def _write(self, batch: list[tuple[float, Report]]) -> None:
+        self._ring.append([kept(at, report) for at, report in batch])
+
+    def _search(self, beginning: bytes, may: Callable[[str], bool]) -> dict[str, Any] | None:
+        def wanted(line: bytes) -> bool:
+            try:
+                return may(past(line)["request"]["tenant"])
+            except ValueError:
+                return False
+
+        line = self._ring.find(beginning, wanted)
+        return past(line) if line is not None else None
