@@ -10,9 +10,10 @@ import json
 
 from deploy.fleet.checks import FleetError, parse_fleet, unserved
 from deploy.fleet.faults import Fault
-from deploy.fleet.values import Fleet, Gateway, Instance, Model, Node, PromptTemplate, Speed
+from deploy.fleet.values import Architecture, Fleet, Gateway, Instance, Model, Node, PromptTemplate, Speed
 
 __all__ = [
+    "Architecture",
     "Fault",
     "Fleet",
     "FleetError",

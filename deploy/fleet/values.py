@@ -39,13 +39,15 @@ class Architecture(Part):
     layers: Count
     hidden_size: Annotated[int, Field(ge=1)]
     heads: Count
-    kv_heads: Count
-    head_dim: Annotated[int, Field(ge=1)]
+    kv_heads: Count | None = None  # default: as many as heads
+    head_dim: Annotated[int, Field(ge=1)] | None = None  # default: hidden_size / heads
     max_context: Annotated[int, Field(ge=1)]
     intermediate_size: Annotated[int, Field(ge=1)] | None = None
     vocabulary: Annotated[int, Field(ge=1)] | None = None
     sliding_window: Annotated[int, Field(ge=1)] | None = None
     kv_lora_rank: Annotated[int, Field(ge=1)] | None = None  # MLA: width of the cached latent vector
+    rope_head_dim: Annotated[int, Field(ge=1)] | None = None  # MLA: cached beside it
+    active_parameters: Positive | None = None  # of a mixture of experts: those that one token uses
 
 
 class PromptTemplate(Part):
@@ -64,9 +66,7 @@ class Model(Part):
     kind: Kind
     source: str = ""  # a hub name, or a folder seen from where `up` is called; for openai-http the server's URL
     revision: str = ""  # of a hub model: a commit, tag or branch
-    architecture: Annotated[Architecture | None, Later("`infermesh plan` reads it; to start a model give `source`")] = (
-        None
-    )
+    architecture: Architecture | None = None  # for `infermesh plan` and `sim`, where `source` cannot be read
     dtype: Literal["auto", "fp32", "fp16", "bf16", "fp8", "int8", "int4"] = "auto"
     aliases: tuple[Id, ...] = ()
     fallback: Id | None = None  # served instead, under pressure and where a request allows it
@@ -89,8 +89,8 @@ class Node(Part):
     interconnect: Literal["", "nvlink", "pcie"] = ""  # described for the planner; it changes nothing at start
     network: Literal["", "rdma", "ethernet"] = ""  # the same, between hosts
     address: Annotated[str, Later("starting on other hosts comes with the Ray launcher")] = ""
-    memory_gib: Annotated[Positive | None, Later("`infermesh plan` reads it")] = None
-    cpus: Annotated[Positive | None, Later("`infermesh plan` reads it")] = None
+    memory_gib: Positive | None = None  # of the host, for the planner
+    cpus: Positive | None = None  # cores of the host, for the planner
 
 
 class Speed(Part):
@@ -177,6 +177,7 @@ class Device(Part):
     bandwidth_gbs: Positive | None = None
     tflops: dict[Literal["fp32", "fp16", "bf16", "fp8", "int8", "int4"], Positive] = {}
     compute_capability: Annotated[str, Field(pattern=r"^\d+\.\d$")] | None = None
+    nvlink_gbs: Positive | None = None  # to all neighbours, both directions
     engines: tuple[Engine, ...] = ()
 
 
@@ -220,7 +221,19 @@ class Traffic(Part):
     requests_per_s: Positive
     prompt_tokens: Positive
     output_tokens: Positive
-    slm_per_llm: Positive | None = None
+    slm_per_llm: Positive | None = None  # embedding and rerank requests for each LLM request
+    slm_tokens: Positive | None = None  # of one of them
+    long_prompt_tokens: Positive | None = None  # of the long requests, where there are any
+    long_share: Annotated[float, Field(ge=0, le=0.9)] = 0.0  # of all requests
+
+
+class Expect(Part):
+    """What somebody promised; `infermesh plan` says which of it holds."""
+
+    ttft_s: Positive | None = None  # of a mean prompt, nothing cached
+    concurrent: Positive | None = None  # requests of mean length on one primary instance
+    card_tokens_per_s: Positive | None = None  # generated, per LLM card, at full load
+    requests_per_day: Positive | None = None
 
 
 class RayCluster(Part):
@@ -239,8 +252,9 @@ class Fleet(Part):
     registry: Annotated[str, Field(pattern=r"^((mesh|consuls?)://\S+)?$")] = ""  # default: the one that `up` hosts
     gateway: Gateway = Gateway()
     routing: Routing = Routing()
-    devices: Annotated[dict[str, Device], Later("the hardware catalogue comes with `infermesh plan`")] = {}
-    traffic: Annotated[Traffic | None, Later("`infermesh plan` reads it")] = None
+    devices: dict[str, Device] = {}  # cards that the hardware catalogue lacks, or corrections
+    traffic: Traffic | None = None  # for the planner
+    expect: Expect | None = None  # for the planner
     rayClusters: Annotated[tuple[RayCluster, ...], Later("the Ray launcher uses it")] = ()
 
     def model(self, id: str) -> Model:

@@ -1,0 +1,255 @@
+"""Where the LLMs go: the primary tier, the long-context tier, the fallback model, and models that span hosts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from deploy.fleet import Instance, Model
+from deploy.planner.choose import Choice, choose, groups_of, too_small
+from deploy.planner.demand import Demand, Load, load
+from deploy.planner.estimate import Estimate
+from deploy.planner.hosts import Host
+from deploy.planner.layout import Layout, dtype_on, engine_of, layouts
+from deploy.planner.memory import MAX_RUNNING
+from deploy.planner.placed import Placed, Tier
+from deploy.planner.shape import Shape
+from deploy.planner.wanted import HEADROOM, Wanted
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+SERVER_PORT = 8080  # of adopted servers; the n-th of a host listens n ports further
+
+
+@dataclass(slots=True)
+class Found:
+    """What a step has placed. `hosts`: all hosts with the cards that are left."""
+
+    hosts: list[Host]
+    shapes: Mapping[str, Shape] = field(default_factory=dict)
+    placed: list[Placed] = field(default_factory=list)
+    tiers: list[Tier] = field(default_factory=list)
+    short: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    def take(self, host: Host, cards: Sequence[int]) -> None:
+        self.hosts = [one.without(cards) if one.node.name == host.node.name else one for one in self.hosts]
+
+
+def place_primary(model: Model, shape: Shape, dtype: str, found: Found, wanted: Wanted) -> bool:
+    """The model on every host whose engine of today runs it; on older cards only where there is no other. False: it
+    fits on no host."""
+    for engine in ("vllm", "openai-http"):
+        able = [host for host in found.hosts if host.free and engine_of(shape, host.card) == engine]
+        threshold = min(wanted.threshold, shape.max_context)
+        groups = groups_of(shape, dtype, able, wanted.short, ("fp16", "fp8"), threshold)
+        if groups:
+            break
+    else:
+        return False
+    able = [host for group in groups for host in group.hosts]
+    long = _long_hosts(shape, dtype, able, wanted, threshold, found)
+    names = {host.node.name for host, _ in long}
+    rest = [host for host in able if host.node.name not in names]
+    for host, layout in long:
+        _put_long(model, shape, host, layout, wanted, found, able)
+    short = replace(wanted, long=None) if not long else wanted
+    _put_short(model, shape, dtype, rest, short, threshold, found, alone=not long)
+    if long and wanted.long:
+        capacity = sum(layout.total for _, layout in long)
+        seen = load(long[0][1].speed, wanted.long, wanted.long.rate / len(long))
+        found.tiers.append(_tier(model.id, "long-context", wanted.long, capacity, seen))
+    return True
+
+
+def _long_hosts(
+    shape: Shape, dtype: str, able: Sequence[Host], wanted: Wanted, threshold: int, found: Found
+) -> list[tuple[Host, Layout]]:
+    """The hosts of the long-context tier: those of the card whose host holds the most long requests, as many as the
+    rate needs and one more in case one dies, and never all."""
+    far = wanted.long
+    if far is None or far.length <= threshold:
+        return []
+    if far.length > shape.max_context:
+        found.remarks.append(
+            f"prompts of {far.prompt:,.0f} tokens are beyond the model's {shape.max_context:,}: nobody can serve them"
+        )
+        return []
+    ranked: list[tuple[float, float, Host, Layout]] = []
+    for host in able:
+        options = layouts(shape, dtype, host, far, ("fp16",), far.length)
+        if options:
+            best = max(options, key=lambda one: (one.count * one.memory.concurrent.value, -one.setup.cards))
+            ranked.append((best.count * best.memory.concurrent.value, -best.speed.prefill_tps.value, host, best))
+    if not ranked:
+        found.short.append(f"prompts of {far.prompt:,.0f} tokens fit on no host: more or larger cards, or fp8 KV")
+        return []
+    if len(able) == 1:
+        found.remarks.append("one host only: long prompts share it with all others, there is no tier of their own")
+        return []
+    card = max(ranked, key=lambda one: one[:2])[2].card.name
+    alike = [(host, layout) for _, _, host, layout in ranked if host.card.name == card]
+    each = alike[0][1].total
+    need = max(1, math.ceil(far.rate * HEADROOM / each)) if each else len(alike)
+    return alike[: min(need + 1, len(alike), len(able) - 1)]
+
+
+def _put_long(
+    model: Model, shape: Shape, host: Host, layout: Layout, wanted: Wanted, found: Found, able: Sequence[Host]
+) -> None:
+    far = wanted.long
+    assert far is not None
+    one = layout.memory.kv_token.value * far.length / 2**30
+    per = layout.count * layout.memory.concurrent.value
+    reasons = [
+        f"one request of {far.length:,} tokens takes {one:.1f} GiB of KV; a host of {host.card.name} at {layout.text} "
+        f"holds {per:.0f} of them" + _others(shape, host, far, able)
+    ]
+    reasons.append(
+        f"range up to {shape.max_context:,} tokens; short work too, at a price: its KV room is what long prompts need"
+    )
+    _put(model, host, layout, "long-context", (0, shape.max_context), reasons, far, found)
+
+
+def _others(shape: Shape, host: Host, far: Demand, able: Sequence[Host]) -> str:
+    """What the other cards would hold."""
+    told, seen = [], {host.card.name}
+    for other in able:
+        if other.card.name in seen:
+            continue
+        seen.add(other.card.name)
+        options = layouts(shape, shape.dtype, other, far, ("fp16",))
+        best = max((one.count * one.memory.concurrent.value for one in options), default=0.0)
+        told.append(f"{other.card.name} {best:.0f}")
+    return f" (other cards: {', '.join(told)})" if told else ""
+
+
+def _put_short(
+    model: Model,
+    shape: Shape,
+    dtype: str,
+    hosts: Sequence[Host],
+    wanted: Wanted,
+    threshold: int,
+    found: Found,
+    *,
+    alone: bool,
+) -> None:
+    """The primary tier. Groups share the demand in proportion to what they could take at their best; a group that
+    cannot hold the objective is used only where the others do not suffice."""
+    demand = wanted.short
+    groups = groups_of(shape, dtype, hosts, demand, ("fp16", "fp8"), threshold)
+    able = [group for group in groups if group.best]
+    total = sum(group.best for group in able)
+    asked = demand.rate * HEADROOM
+    used = able if total >= asked else [*able, *(group for group in groups if not group.best)]
+    capacity, choices = 0.0, []
+    for group in used or groups:
+        needed = asked * group.best / total if total else asked / len(groups)
+        choice = choose(group, demand, needed)
+        choices.append((group, choice))
+        capacity += (choice.layout.total if choice.held else 0.0) * len(group.hosts)
+    for group, choice in choices:
+        high = shape.max_context if alone else threshold
+        high = min(high, int(choice.layout.memory.kv_tokens.value))
+        reasons = [*choice.reasons, *too_small(shape, dtype, group, choice.layout, demand)]
+        for host in group.hosts:
+            _put(model, host, choice.layout, "primary", (0, high), reasons, demand, found, choice)
+    if choices:
+        lead: Choice = max(choices, key=lambda one: one[1].layout.total * len(one[0].hosts))[1]
+        seen = (
+            load(lead.layout.speed, demand, min(demand.rate, capacity or demand.rate) * lead.layout.rate / capacity)
+            if capacity
+            else None
+        )
+        found.tiers.append(_tier(model.id, "primary", demand, capacity, seen))
+
+
+def _tier(model: str, tier: str, demand: Demand, capacity: float, seen: object) -> Tier:
+    from deploy.planner.demand import Load
+
+    known = seen if isinstance(seen, Load) else None
+    return Tier(model, tier, demand.rate, capacity, known.ttft_s if known else None, known.tpot_ms if known else None)
+
+
+def place_fallback(model: Model, shape: Shape, dtype: str, found: Found, wanted: Wanted) -> bool:
+    """The fallback model on the oldest cards that hold it, one instance of the smallest size after another. False: it
+    fits nowhere that is free."""
+    free = [host for host in found.hosts if host.free and engine_of(shape, host.card)]
+    for host in sorted(free, key=_age):
+        options = layouts(shape, dtype, host, replace(wanted.short, ttft_s=math.inf, tpot_ms=math.inf), ("fp16",))
+        if not options:
+            continue
+        layout = options[0]
+        high = min(shape.max_context, int(layout.memory.kv_tokens.value))
+        reasons = [
+            f"the fallback model: {host.card.name} ({host.card.generation.name}) is the oldest card that holds it, and "
+            "nothing else here needs it",
+            f"{layout.text}: room for {high:,} KV tokens, {layout.memory.concurrent.value:.0f} request(s) of "
+            f"{wanted.short.length:,} tokens at a time; {wanted.short.prompt:,.0f} tokens take "
+            f"{layout.speed.prefill_s(wanted.short.prompt):.1f} s: an answer in need, not a fast one",
+        ]
+        alike = [one for one in free if one.card.name == host.card.name]
+        for one in alike:
+            _put(model, one, layout, "fallback", (0, high), reasons, wanted.short, found)
+        capacity = layout.total * len(alike)
+        found.tiers.append(Tier(model.id, "fallback", 0.0, capacity, None, layout.speed.step_ms.value))
+        return True
+    return False
+
+
+def _age(host: Host) -> tuple[float, float]:
+    key = host.card.generation.key
+    return (float(key) if key[0].isdigit() else 99.0, host.card.bandwidth_gbs)
+
+
+def _put(
+    model: Model,
+    host: Host,
+    layout: Layout,
+    tier: str,
+    context: tuple[int, int],
+    reasons: Sequence[str],
+    demand: Demand,
+    found: Found,
+    choice: Choice | None = None,
+) -> None:
+    """Fills the host with instances of one layout."""
+    size, engine = layout.setup.cards, layout.setup.engine
+    note = host.card.generation.engines[engine].note
+    _, other = dtype_on(host.card, engine, layout.setup.dtype)
+    said = [*reasons, *([other] if other else []), *([f"{host.card.generation.sm}: {note}"] if note else [])]
+    first = len([one for one in found.placed if one.instance.node == host.node.name])
+    for number in range(layout.count):
+        cards = host.free[number * size : (number + 1) * size]
+        index = first + number
+        name = (
+            host.node.name
+            if layout.count == 1 and not first
+            else f"{host.node.name}-{LETTERS[index % 26]}{index // 26 or ''}"
+        )
+        told: dict[str, object] = {"id": name, "model": model.id, "node": host.node.name, "tier": tier}
+        told |= {"context": context, "max_running": MAX_RUNNING}
+        if not host.card.cpu:
+            told["cards"] = cards
+        if engine == "vllm":
+            told |= {"tp": layout.setup.tp, "pp": layout.setup.pp}
+            if layout.setup.kv_dtype == "fp8":
+                told["kv_cache_dtype"] = "fp8"
+        else:
+            address = host.node.address or host.node.name
+            told |= {"engine": engine, "url": f"http://{address}:{SERVER_PORT + index}/v1"}
+            told |= {"max_running": max(1, int(layout.memory.concurrent.value))}
+            told |= {"kv_tokens": int(layout.memory.kv_tokens.value)}
+        seen = load(layout.speed, demand, 0.0)
+        found.placed.append(
+            Placed(
+                Instance.model_validate(told),
+                tuple(said),
+                Estimate(layout.setup, layout.memory, layout.speed),
+                rate=layout.rate if choice is None or choice.held else 0.0,
+                ttft_s=seen.ttft_s if seen else None,
+                tpot_ms=seen.tpot_ms if seen else None,
+            )
+        )
+    found.take(host, host.free[: size * layout.count])
