@@ -114,7 +114,7 @@ def _instance_faults(at: str, fleet: Fleet, instance: Instance, node: Node | Non
             yield Fault(f"{at}.speed.{key}", f"is not a number of kind {model.kind}; it takes {_takes(other)}")
     if engine == "openai-http" and not (instance.url or model.source):
         yield Fault(f"{at}.url", "engine openai-http needs the server's URL, e.g. http://127.0.0.1:8001/v1")
-    if engine in ("vllm", "sentence-transformers") and not model.source:
+    if engine in ("vllm", "sentence-transformers") and not (model.source or model.architecture):
         where = next(i for i, m in enumerate(fleet.models) if m.id == model.id)
         yield Fault(f"models[{where}].source", f"engine {engine} needs a hub name or a local folder")
     if instance.context and not 0 <= instance.context[0] < instance.context[1]:
@@ -145,7 +145,7 @@ _OF_ENGINE: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("tp", "pp", "vram_ratio", "kv_cache_dtype", "quantization", "engine_args"), ("vllm",)),
     **dict.fromkeys(("url", "upstream_model", "api_key_file"), ("openai-http",)),
     **dict.fromkeys(("replicas", "backend"), ("sentence-transformers",)),
-    "cards": ("vllm", "sentence-transformers"),
+    "cards": ("vllm", "openai-http", "sentence-transformers"),
 }
 
 

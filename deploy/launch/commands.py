@@ -67,13 +67,15 @@ def of_this_host(fleet: Fleet, node: str) -> tuple[Instance, ...]:
 def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
     """What the schema allows and the engines of this version, or this host, do not take."""
     if not fleet.instances:
-        yield Fault("instances", "none is given; placing models by itself comes with `infermesh plan`")
+        yield Fault("instances", "none is given; `infermesh plan FLEET.yaml -o completed.yaml` fills them in")
     greedy = [item for item in fleet.instances if fleet.engine_of(item) == "vllm" and not item.cards]
     for index, instance in enumerate(fleet.instances):
         if gpus > 1 and instance in greedy and len(greedy) > 1:
             yield Fault(f"instances[{index}].cards", f"say which of the {gpus} GPUs each vLLM instance gets")
         model, engine, at = fleet.model(instance.model), fleet.engine_of(instance), f"instances[{index}]"
         where = f"models[{fleet.models.index(model)}]"
+        if engine in ("vllm", "sentence-transformers") and not model.source:
+            yield Fault(f"{where}.source", f"engine {engine} of {instance.id} needs a hub name or a local folder")
         if engine == "vllm" and model.dtype in ("int8", "int4") and not instance.quantization:
             yield Fault(f"{at}.quantization", f"dtype {model.dtype} needs it: awq, gptq … as the weights are")
         if engine == "sentence-transformers":

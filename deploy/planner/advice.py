@@ -88,11 +88,12 @@ def what_is_short(
     lines = []
     for tier in tiers:
         headroom = tier.headroom
-        if headroom is None or headroom >= 0:
+        if headroom is None or (headroom >= 0 and tier.held):
             continue
         unit = "tokens/s" if tier.tier in ("embedding", "rerank") else "requests/s"
-        line = f"{tier.model} ({tier.tier}): {tier.capacity:,.2f} {unit} of {tier.wanted:,.2f} under the objective"
-        if tier.capacity > 0:
+        under = "under the objective" if tier.held else "once the objective, which cannot be held, is let go"
+        line = f"{tier.model} ({tier.tier}): {tier.capacity:,.2f} {unit} of {tier.wanted:,.2f} {under}"
+        if tier.capacity > 0 and headroom < 0:
             times = tier.wanted * HEADROOM / tier.capacity
             line += f"; it takes {times:.1f} × these hosts"
             if tier.tier == "primary":

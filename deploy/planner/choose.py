@@ -71,7 +71,7 @@ def choose(group: Group, demand: Demand, needed: float) -> Choice:
         rated = [replace(one, rate=_rate(one, softer)) for one in group.options]
         if any(one.rate > 0 for one in rated):
             enough = [one for one in rated if one.total >= each] or [_most(rated)]
-            taken = min(enough, key=lambda one: one.speed.prefill_s(demand.prompt))
+            taken = min(enough, key=lambda one: (one.setup.kv_dtype != "fp16", one.speed.prefill_s(demand.prompt)))
             first = taken.speed.prefill_s(demand.prompt)
             why = (
                 f"the objective on {word} cannot be held on {group.hosts[0].card.name}: {demand.prompt:,.0f} uncached "

@@ -43,7 +43,7 @@ def claims(fleet: Fleet, placed: Sequence[Placed], shapes: Mapping[str, Shape], 
             own, rule = weights(shape, dtype).value, rule_of_thumb(shape, dtype).value
             lines.append(
                 f"{model.id}: {own / GIB:.1f} GiB ({own / 1e9:.1f} GB) of weights in {dtype}; the rule of thumb, "
-                f"parameters × bytes × 1.25, says {rule / 1e9:.1f} GB for all, whatever the context and the number of requests"
+                f"parameters × bytes × 1.25, says {rule / 1e9:.1f} GB for all, whatever the context and the load"
             )
     return lines
 
@@ -88,7 +88,8 @@ def _expected(fleet: Fleet, primary: Sequence[Placed], placed: Sequence[Placed],
         verdict = "holds" if rate * DAY >= expect.requests_per_day else "does not hold"
         lines.append(
             f"expect.requests_per_day {expect.requests_per_day:,.0f}: {verdict}: it is "
-            f"{expect.requests_per_day / DAY:.2f} a second spread evenly, the LLM tiers take {rate:.2f} under the objective"
+            f"{expect.requests_per_day / DAY:.2f} a second spread evenly, the LLM tiers take {rate:.2f} under the "
+            "objective"
         )
     return lines
 
@@ -117,7 +118,7 @@ def _split(fleet: Fleet, placed: Sequence[Placed], wanted: Wanted) -> list[str]:
     both = low >= ratio * 0.9 and high <= ratio * 1.1
     verdict = "holds for both phases" if both else "does not hold for both phases"
     return [
-        f"routing.split {first}:{second} = {told[first]:g}:{told[second]:g} ({ratio:.2f}): {verdict}: all {first} together "
-        f"prefill {phases[0]:.2f} × as fast and decode {phases[1]:.2f} × as fast (instance against instance "
+        f"routing.split {first}:{second} = {told[first]:g}:{told[second]:g} ({ratio:.2f}): {verdict}: all {first} "
+        f"together prefill {phases[0]:.2f} × as fast and decode {phases[1]:.2f} × as fast (instance against instance "
         f"{each[0]:.2f} and {each[1]:.2f}), so one ratio is wrong in one of them; the router prices each phase"
     ]

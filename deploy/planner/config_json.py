@@ -50,8 +50,8 @@ def shape_of_config(config: Mapping[str, Any], source: str, weight_bytes: float 
     intermediate = _count(whole, "intermediate_size", "ffn_hidden_size", "n_inner", default=4 * hidden)
     vocabulary = _count(whole, "vocab_size", "padded_vocab_size")
     tied = bool(whole.get("tie_word_embeddings", encoder or kind.startswith("gemma")))
-    rank = whole.get("kv_lora_rank")
-    rope = int(whole.get("qk_rope_head_dim") or 0) if rank else 0
+    rank = _optional(whole, "kv_lora_rank")
+    rope = _optional(whole, "qk_rope_head_dim") if rank else 0
     attention = _attention(whole, hidden, heads, kv_heads, head_dim, rank, rope)
     dense = (3 if gated else 2) * hidden * intermediate
     mixed, touched = _experts(whole, hidden, layers, dense)
@@ -74,7 +74,7 @@ def shape_of_config(config: Mapping[str, Any], source: str, weight_bytes: float 
         vocabulary=vocabulary,
         tied=tied,
         active_parameters=active if active < parameters else None,
-        kv_lora_rank=int(rank) if rank else None,
+        kv_lora_rank=rank or None,
         rope_head_dim=rope,
         sliding_window=window,
         full_layers=full,
@@ -86,50 +86,46 @@ def shape_of_config(config: Mapping[str, Any], source: str, weight_bytes: float 
 
 
 def _attention(
-    whole: Mapping[str, Any], hidden: int, heads: int, kv_heads: int, head_dim: int, rank: Any, rope: int
+    whole: Mapping[str, Any], hidden: int, heads: int, kv_heads: int, head_dim: int, rank: int, rope: int
 ) -> int:
     """Parameters of one layer's attention."""
     if not rank:
         return hidden * head_dim * (2 * heads + 2 * kv_heads)
     nope, value = _count(whole, "qk_nope_head_dim"), _count(whole, "v_head_dim")
-    query = whole.get("q_lora_rank")
+    query = _optional(whole, "q_lora_rank")
     asked = heads * (nope + rope)
-    queries = hidden * int(query) + int(query) * asked if query else hidden * asked
-    return queries + hidden * (int(rank) + rope) + int(rank) * heads * (nope + value) + heads * value * hidden
+    queries = hidden * query + query * asked if query else hidden * asked
+    return queries + hidden * (rank + rope) + rank * heads * (nope + value) + heads * value * hidden
 
 
 def _experts(whole: Mapping[str, Any], hidden: int, layers: int, dense: int) -> tuple[int, int]:
     """(parameters of all feed-forward layers, those that one token uses)."""
-    experts = next((int(whole[key]) for key in EXPERTS if _positive(whole.get(key))), 0)
+    experts = _optional(whole, *EXPERTS)
     if not experts:
         return layers * dense, layers * dense
-    width = whole.get("moe_intermediate_size") or whole.get("intermediate_size")
-    one = 3 * hidden * int(width or 0)
-    chosen = int(whole.get("num_experts_per_tok") or whole.get("num_experts_per_token") or 2)
-    shared = int(whole.get("n_shared_experts") or 0) * one
-    first = int(whole.get("first_k_dense_replace") or 0)
-    mixed = layers - first
+    one = 3 * hidden * (_optional(whole, "moe_intermediate_size") or _count(whole, "intermediate_size"))
+    chosen = _optional(whole, "num_experts_per_tok", "num_experts_per_token") or 2
+    shared = _optional(whole, "n_shared_experts") * one
+    first = _optional(whole, "first_k_dense_replace")
+    mixed, router = layers - first, hidden * experts
     return (
-        first * dense + mixed * (experts * one + shared + hidden * experts),
-        first * dense + mixed * (chosen * one + shared + hidden * experts),
+        first * dense + mixed * (experts * one + shared + router),
+        first * dense + mixed * (chosen * one + shared + router),
     )
 
 
 def _window(whole: Mapping[str, Any], layers: int) -> tuple[int | None, int | None]:
     """(window in tokens, layers that look beyond it)."""
-    window = whole.get("sliding_window")
-    if not _positive(window) or whole.get("use_sliding_window") is False:
+    window, pattern = _optional(whole, "sliding_window"), _optional(whole, "sliding_window_pattern")
+    if not window or whole.get("use_sliding_window") is False:
         return None, None
     kinds = whole.get("layer_types")
     if isinstance(kinds, list):
         full = sum(1 for kind in kinds if kind == "full_attention")
-        return (int(window), full) if full < layers else (None, None)
-    pattern = whole.get("sliding_window_pattern")
-    if _positive(pattern):
-        return int(window), layers // int(pattern)
-    if whole.get("model_type") == "gemma2":
-        return int(window), layers // 2
-    return int(window), 0
+        return (window, full) if full < layers else (None, None)
+    if pattern:
+        return window, layers // pattern
+    return window, layers // 2 if whole.get("model_type") == "gemma2" else 0
 
 
 def _dtype(whole: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
@@ -146,6 +142,11 @@ def _dtype(whole: Mapping[str, Any], quantization: Mapping[str, Any]) -> str:
 
 def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _optional(whole: Mapping[str, Any], *names: str) -> int:
+    """The first that is a whole number above 0; 0 if none is."""
+    return next((int(whole[name]) for name in names if _positive(whole.get(name))), 0)
 
 
 def _count(whole: Mapping[str, Any], *names: str, default: int | None = None) -> int:

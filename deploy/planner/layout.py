@@ -115,8 +115,8 @@ def lacking(shape: Shape, dtype: str, host: Host, length: int) -> str:
     sums = memory(shape, Setup(loaded, length, sizes[-1], engine=engine), host.card)
     need = sums.weights.value + sums.overhead.value + sums.kv_card.value * length
     return (
-        f"{host.node.name}: at tp {sizes[-1]} each {host.card.name} needs {sums.weights.value / GIB:.1f} GiB of "
-        f"weights + {sums.overhead.value / GIB:.1f} GiB of activations + {sums.kv_card.value * length / GIB:.1f} GiB of KV for "
-        f"one request of {length:,} tokens = {need / GIB:.1f} GiB, and has {host.card.memory * 0.9 / GIB:.1f} "
+        f"{host.node.name}: at tp {sizes[-1]} each {host.card.name} needs {sums.weights.value / GIB:.1f} GiB of weights"
+        f" + {sums.overhead.value / GIB:.1f} GiB of activations + {sums.kv_card.value * length / GIB:.1f} GiB of KV for"
+        f" one request of {length:,} tokens = {need / GIB:.1f} GiB, and has {host.card.memory * 0.9 / GIB:.1f} "
         f"({host.card.memory / GIB:.1f} × 0.9)"
     )

@@ -7,7 +7,7 @@ bytes; an MLA model caches one latent vector a layer instead, on every card of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.planner.catalogue import GIB, Card
 from deploy.planner.shape import BYTES, Shape
@@ -154,6 +154,13 @@ def memory(shape: Shape, setup: Setup, card: Card) -> Memory:
         kv_tokens=tokens,
         concurrent=floor(tokens / length).named("concurrent requests"),
     )
+
+
+def fit(shape: Shape, setup: Setup, card: Card) -> str:
+    """`fits`: two requests or more; `tight`: one, or one only when the engine may have 0.95 of the card; else `no`."""
+    if memory(shape, setup, card).concurrent.value >= 2:
+        return "fits"
+    return "tight" if memory(shape, replace(setup, ratio=HIGHEST_RATIO), card).fits else "no"
 
 
 def encoder_memory(shape: Shape, dtype: str) -> Traced:

@@ -36,21 +36,38 @@ def place_encoders(
         return []
     share = wanted.encoder_rps * wanted.encoder_tokens / len(models)
     idle = [host for host in found.hosts if host.free and ENGINE in host.card.generation.engines]
-    # Cards that today's vLLM cannot use come first, the fastest of them; then other idle ones; a CPU last.
-    idle.sort(key=lambda host: (host.card.cpu, "vllm" in host.card.generation.engines, host.card.name in reserved))
+    # The primary models have taken what they can use. Of the rest, a CPU comes last.
+    idle.sort(
+        key=lambda host: (host.card.cpu, host.card.name in reserved, -host.card.rate(encoder_dtype(host.card))[1])
+    )
     homeless = []
     for index, (model, shape) in enumerate(models):
         left = len(models) - index
-        if not _on_idle_cards(model, shape, idle, left, share, found) and not _beside_llms(model, shape, share, found):
+        if not _on_idle_cards(model, shape, idle, left, share, found, reserved) and not _beside_llms(
+            model, shape, share, found
+        ):
             homeless.append(model)
         idle = [next(one for one in found.hosts if one.node.name == host.node.name) for host in idle]
     return homeless
 
 
+def _preference(card: Card, reserved: Sequence[str]) -> tuple[bool, bool, bool, float]:
+    """Cards that no LLM wants, then those that today's vLLM cannot use, the fastest first; a CPU last."""
+    rate = card.rate(encoder_dtype(card))[1]
+    return card.cpu, card.name in reserved, "vllm" in card.generation.engines, -rate
+
+
 def _on_idle_cards(
-    model: Model, shape: Shape, idle: Sequence[Host], models_left: int, share: float, found: Found
+    model: Model,
+    shape: Shape,
+    idle: Sequence[Host],
+    models_left: int,
+    share: float,
+    found: Found,
+    reserved: Sequence[str],
 ) -> bool:
-    """Cards of the first class with any: as many as the tokens need, at least a fair part of what is free there."""
+    """Cards of the first class with any: as many as the tokens need, at least a fair part of what is free there, but of
+    reserved cards no more than needed."""
     for host in idle:
         if not host.free:
             continue
@@ -62,7 +79,8 @@ def _on_idle_cards(
             continue
         pace = encoder_speed(shape, dtype, host.card)
         free = [(one, card) for one in alike for card in one.free]
-        cards = max(math.ceil(share * HEADROOM / pace.tokens_per_s.value), math.ceil(len(free) / models_left))
+        fair = 1 if host.card.name in reserved else math.ceil(len(free) / models_left)
+        cards = max(math.ceil(share * HEADROOM / pace.tokens_per_s.value), fair)
         taken = free[: min(cards, max(1, len(free) - models_left + 1))]
         replicas = 1 if host.card.cpu else max(1, min(REPLICAS, int(room // need.value)))
         note = host.card.generation.engines[ENGINE].note
@@ -115,8 +133,9 @@ def _beside_llms(model: Model, shape: Shape, share: float, found: Found) -> bool
         pace = encoder_speed(shape, dtype, host.card)
         reasons = [
             f"no card is idle; beside {neighbour.instance.id}, whose engine leaves "
-            f"{(1 - ratio) * host.card.memory / GIB:.1f} GiB of card {cards[-1]} (a process takes {need.value / GIB:.1f}); an LLM keeps a card busy 85 % of the "
-            "time, and the two are asked one after the other (seed 001_9fb6dd293e332b2a.txt)",
+            f"{(1 - ratio) * host.card.memory / GIB:.1f} GiB of card {cards[-1]} (a process takes "
+            f"{need.value / GIB:.1f}); an LLM keeps a card busy 85 % of the time, and the two are asked one after the "
+            "other (seed 001_9fb6dd293e332b2a.txt)",
         ]
         _put(model, shape, host, cards[-1], 1, dtype, reasons, found)
         put += 1

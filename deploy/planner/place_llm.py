@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deploy.fleet import Instance, Model
-from deploy.planner.choose import Choice, choose, groups_of, too_small
-from deploy.planner.demand import Demand, Load, load
+from deploy.planner.choose import Choice, Group, choose, groups_of, too_small
+from deploy.planner.demand import Demand, Load, load, most
 from deploy.planner.estimate import Estimate
 from deploy.planner.hosts import Host
 from deploy.planner.layout import Layout, dtype_on, engine_of, layouts
@@ -56,9 +56,15 @@ def place_primary(model: Model, shape: Shape, dtype: str, found: Found, wanted: 
     short = replace(wanted, long=None) if not long else wanted
     _put_short(model, shape, dtype, rest, short, threshold, found, alone=not long)
     if long and wanted.long:
+        layout, count = long[0][1], len(long) * long[0][1].count
         capacity = sum(layout.total for _, layout in long)
-        seen = load(long[0][1].speed, wanted.long, wanted.long.rate / len(long))
-        found.tiers.append(_tier(model.id, "long-context", wanted.long, capacity, seen))
+        eased = replace(wanted.long, ttft_s=math.inf, tpot_ms=math.inf)
+        seen = load(layout.speed, wanted.long, wanted.long.rate / count)
+        tier = _tier(model.id, "long-context", wanted.long, capacity, seen)
+        if not capacity:
+            rate = most(layout.speed, eased, layout.memory.concurrent.value)
+            tier = replace(tier, capacity=rate * count, held=False)
+        found.tiers.append(tier)
     return True
 
 
@@ -79,7 +85,7 @@ def _long_hosts(
     for host in able:
         options = layouts(shape, dtype, host, far, ("fp16",), far.length)
         if options:
-            best = max(options, key=lambda one: (one.count * one.memory.concurrent.value, -one.setup.cards))
+            best = max(options, key=lambda one: (one.total, one.count * one.memory.concurrent.value))
             ranked.append((best.count * best.memory.concurrent.value, -best.speed.prefill_tps.value, host, best))
     if not ranked:
         found.short.append(f"prompts of {far.prompt:,.0f} tokens fit on no host: more or larger cards, or fp8 KV")
@@ -143,33 +149,26 @@ def _put_short(
     total = sum(group.best for group in able)
     asked = demand.rate * HEADROOM
     used = able if total >= asked else [*able, *(group for group in groups if not group.best)]
-    capacity, choices = 0.0, []
+    choices: list[tuple[Group, Choice]] = []
     for group in used or groups:
         needed = asked * group.best / total if total else asked / len(groups)
-        choice = choose(group, demand, needed)
-        choices.append((group, choice))
-        capacity += (choice.layout.total if choice.held else 0.0) * len(group.hosts)
+        choices.append((group, choose(group, demand, needed)))
     for group, choice in choices:
         high = shape.max_context if alone else threshold
         high = min(high, int(choice.layout.memory.kv_tokens.value))
         reasons = [*choice.reasons, *too_small(shape, dtype, group, choice.layout, demand)]
         for host in group.hosts:
-            _put(model, host, choice.layout, "primary", (0, high), reasons, demand, found, choice)
-    if choices:
-        lead: Choice = max(choices, key=lambda one: one[1].layout.total * len(one[0].hosts))[1]
-        seen = (
-            load(lead.layout.speed, demand, min(demand.rate, capacity or demand.rate) * lead.layout.rate / capacity)
-            if capacity
-            else None
-        )
-        found.tiers.append(_tier(model.id, "primary", demand, capacity, seen))
+            _put(model, host, choice.layout, "primary", (0, high), reasons, demand, found)
+    held = [(group, choice) for group, choice in choices if choice.held]
+    capacity = sum(choice.layout.total * len(group.hosts) for group, choice in held or choices)
+    if capacity:
+        lead = max(held or choices, key=lambda one: one[1].layout.total * len(one[0].hosts))[1].layout
+        seen = load(lead.speed, demand, min(demand.rate, capacity) * lead.rate / capacity)
+        found.tiers.append(replace(_tier(model.id, "primary", demand, capacity, seen), held=bool(held)))
 
 
-def _tier(model: str, tier: str, demand: Demand, capacity: float, seen: object) -> Tier:
-    from deploy.planner.demand import Load
-
-    known = seen if isinstance(seen, Load) else None
-    return Tier(model, tier, demand.rate, capacity, known.ttft_s if known else None, known.tpot_ms if known else None)
+def _tier(model: str, tier: str, demand: Demand, capacity: float, seen: Load | None) -> Tier:
+    return Tier(model, tier, demand.rate, capacity, seen.ttft_s if seen else None, seen.tpot_ms if seen else None)
 
 
 def place_fallback(model: Model, shape: Shape, dtype: str, found: Found, wanted: Wanted) -> bool:
@@ -212,7 +211,6 @@ def _put(
     reasons: Sequence[str],
     demand: Demand,
     found: Found,
-    choice: Choice | None = None,
 ) -> None:
     """Fills the host with instances of one layout."""
     size, engine = layout.setup.cards, layout.setup.engine
@@ -247,7 +245,7 @@ def _put(
                 Instance.model_validate(told),
                 tuple(said),
                 Estimate(layout.setup, layout.memory, layout.speed),
-                rate=layout.rate if choice is None or choice.held else 0.0,
+                rate=layout.rate,
                 ttft_s=seen.ttft_s if seen else None,
                 tpot_ms=seen.tpot_ms if seen else None,
             )

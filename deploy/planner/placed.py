@@ -35,6 +35,7 @@ class Tier:
     capacity: float
     ttft_s: float | None
     tpot_ms: float | None
+    held: bool = True  # under the objective; else `capacity` is without it
 
     @property
     def headroom(self) -> float | None:

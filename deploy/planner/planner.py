@@ -16,6 +16,7 @@ from deploy.planner.claims import claims
 from deploy.planner.cpu import cpu_remarks
 from deploy.planner.estimate import Estimate, estimate, instance_faults
 from deploy.planner.hosts import Host, hosts_of, node_faults
+from deploy.planner.layout import lacking
 from deploy.planner.place_encoder import place_encoders
 from deploy.planner.place_llm import Found, place_fallback, place_primary
 from deploy.planner.place_wide import place_gguf, place_over_hosts
@@ -52,6 +53,7 @@ def plan(fleet: Fleet, shapes: Mapping[str, Shape], catalogue: Catalogue, unread
             faults.append(fault)
     if faults:
         raise FleetError(name, faults)
+    found.remarks += _unused(fleet, shapes, found, wanted)
     lines = what_is_short(found.tiers, shapes, hosts, wanted)
     return Plan(
         fleet=_completed(fleet, shapes, found),
@@ -95,7 +97,9 @@ def _place(
             done = place_gguf(model, shape, found, wanted, "fallback")
         else:
             done = place_fallback(model, shape, dtype, found, wanted)
-        if not done:
+        if not done and not any(host.free for host in found.hosts):
+            found.short.append(f"{model.id}: no card is left for the fallback model; degrading to it cannot work")
+        elif not done:
             yield Fault(f"models[{index}]", why_nowhere(shape, dtype, found.hosts, wanted, catalogue))
 
 
@@ -114,6 +118,16 @@ def _shared(wanted: Wanted, models: int, found: Found) -> Wanted:
     short = replace(wanted.short, rate=wanted.short.rate / models)
     long = replace(wanted.long, rate=wanted.long.rate / models) if wanted.long else None
     return replace(wanted, short=short, long=long)
+
+
+def _unused(fleet: Fleet, shapes: Mapping[str, Shape], found: Found, wanted: Wanted) -> Iterator[str]:
+    """Hosts with cards that nothing was put on, and why the first LLM was not."""
+    shape = next((shapes[model.id] for model in fleet.models if model.kind == "llm" and model.id in shapes), None)
+    for host in found.hosts:
+        if host.free and not host.card.cpu:
+            model = next((model for model in fleet.models if model.kind == "llm"), None)
+            why = lacking(shape, dtype_of(model, shape), host, wanted.short.length) if shape and model else ""
+            yield f"{host.node.name}: {len(host.free)} {host.card.name} are not used" + (f" ({why})" if why else "")
 
 
 def _oldest(found: Found) -> list[str]:

@@ -2,7 +2,8 @@
 
 Prefill multiplies, so it follows the tensor rate; decoding reads all weights and all cached tokens at every step, so it
 follows the memory's bandwidth (Williams et al., Roofline, CACM 52(4), 2009; Pope et al., Efficiently Scaling
-Transformer Inference, MLSys 2023). Tensor parallelism adds two all-reduces a layer. These are estimates until `calibrate` measures.
+Transformer Inference, MLSys 2023). Tensor parallelism adds two all-reduces a layer. These are estimates until
+`calibrate` measures.
 """
 
 from __future__ import annotations

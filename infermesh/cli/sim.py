@@ -120,10 +120,14 @@ def _trace(path: Path | None, spec: str, seed: int, limit: int) -> Trace:
 
 def _site(path: Path) -> Site:
     from deploy.fleet import parse_fleet
+    from deploy.model_files import read_models
+    from deploy.planner.catalogue import shipped
+    from deploy.planner.estimate import estimates
     from services.gateway.simulator.fleet import site_of
 
     with _open(path, "--fleet") as file:
-        site = site_of(parse_fleet(file.read(), str(path)))
+        fleet = parse_fleet(file.read(), str(path))
+    site = site_of(fleet, estimates(fleet, read_models(fleet, path.parent).shapes, shipped()))
     if not site.endpoints:
         raise Failure(f"--fleet {path}: it has no instances", BAD_USAGE)
     for line in site.remarks:

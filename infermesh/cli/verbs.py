@@ -25,6 +25,7 @@ VERBS: dict[str, str] = {
     "rerank": "Order documents by relevance to a query; without one: run a rerank service.",
     "instances": "List what is registered, and how it is doing.",
     "explain": "Show where a request would go, and why.",
+    "plan": "Plan what runs on which card, and check it in virtual time.",
     "sim": "Try routing policies and fleets on a trace, in virtual time.",
     "drain": "Let an instance finish its work and leave.",
     "doctor": "Check this machine and say what to do.",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from deploy.fleet import Fleet, Instance
+from deploy.planner.estimate import Estimate
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.gateway.routing import cost
 from services.gateway.routing.policy import Variants
@@ -15,6 +18,7 @@ from services.gateway.simulator.engine import BUDGET, LlmEngine, Pace
 PRIOR_KV_TOKENS = 1 << 18
 OBJECTIVE_TTFT_S = 2.0
 OBJECTIVE_TPOT_MS = 80.0
+NOTHING: Mapping[str, Estimate] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +38,9 @@ class Site:
     remarks: tuple[str, ...] = ()
 
 
-def site_of(fleet: Fleet) -> Site:
-    """What a fleet file describes. The instances' truth is what it says; what it does not say is assumed, and said."""
+def site_of(fleet: Fleet, planned: Mapping[str, Estimate] = NOTHING) -> Site:
+    """What a fleet file describes. The instances' truth is what it says, else what the planner reckons (`planned`: by
+    instance id), else it is assumed, and said."""
     spares = {model.fallback for model in fleet.models if model.fallback}
     models: dict[str, str] = {}
     for model in sorted(fleet.models, key=lambda model: model.id in spares):  # stable: the file's order otherwise
@@ -52,7 +57,9 @@ def site_of(fleet: Fleet) -> Site:
     if objective is None:
         ttft_s, tpot_ms = OBJECTIVE_TTFT_S, OBJECTIVE_TPOT_MS
         remarks.append(f"routing.objective is absent: goodput means TTFT <= {ttft_s:g} s and TPOT <= {tpot_ms:g} ms")
-    endpoints = tuple(_endpoint(fleet, instance, remarks) for instance in fleet.instances)
+    endpoints = tuple(
+        _endpoint(fleet, instance, remarks, planned.get(instance.id, Estimate())) for instance in fleet.instances
+    )
     return Site(
         endpoints=endpoints,
         models=models,
@@ -69,7 +76,7 @@ def site_of(fleet: Fleet) -> Site:
     )
 
 
-def _endpoint(fleet: Fleet, instance: Instance, remarks: list[str]) -> Endpoint:
+def _endpoint(fleet: Fleet, instance: Instance, remarks: list[str], planned: Estimate) -> Endpoint:
     model = fleet.model(instance.model)
     node = next((node for node in fleet.nodes if node.name == instance.node), None)
     cards = len(instance.cards) or (instance.tp or 1) * instance.pp
@@ -87,12 +94,12 @@ def _endpoint(fleet: Fleet, instance: Instance, remarks: list[str]) -> Endpoint:
         engine=fleet.engine_of(instance),
         dtype=model.dtype,
         hardware=Hardware(node.device if node else "", cards, tp=instance.tp or 1, pp=instance.pp),
-        speed=_speed(instance, model.kind, remarks),
+        speed=_speed(instance, model.kind, remarks, planned),
         capacity=Capacity(
             context_min=low,
             context_max=high,
             max_running=instance.max_running or 0,
-            kv_tokens=_kv_tokens(instance, model.kind, remarks),
+            kv_tokens=_kv_tokens(instance, model.kind, remarks, planned),
         ),
         tier=instance.tier,
         weight=instance.weight,
@@ -100,7 +107,7 @@ def _endpoint(fleet: Fleet, instance: Instance, remarks: list[str]) -> Endpoint:
     )
 
 
-def _speed(instance: Instance, kind: str, remarks: list[str]) -> Speed:
+def _speed(instance: Instance, kind: str, remarks: list[str], planned: Estimate) -> Speed:
     priors = (
         {
             "prefill_tps": cost.PRIOR_PREFILL_TPS,
@@ -112,20 +119,23 @@ def _speed(instance: Instance, kind: str, remarks: list[str]) -> Speed:
         else {"fixed_ms": cost.PRIOR_FIXED_MS, "tokens_per_s": cost.PRIOR_TOKENS_PER_S}
     )
     told = instance.speed.model_dump(exclude_none=True) if instance.speed else {}
-    missing = [name for name in priors if name not in told]
+    reckoned = planned.speed_values()
+    missing = [name for name in priors if name not in told and name not in reckoned]
     if missing:
         assumed = ", ".join(f"{name} {priors[name]:g}" for name in missing)
         remarks.append(f"{instance.id}: speed is not told; assumed {assumed}")
-    values = {name: float(told.get(name, prior)) for name, prior in priors.items()}
-    return Speed(**values, source="prior" if len(missing) == len(priors) else "declared")
+    values = {name: float(told.get(name, reckoned.get(name, prior))) for name, prior in priors.items()}
+    source = "declared" if told else "catalogue" if reckoned else "prior"
+    return Speed(**values, source=source)
 
 
-def _kv_tokens(instance: Instance, kind: str, remarks: list[str]) -> int:
+def _kv_tokens(instance: Instance, kind: str, remarks: list[str], planned: Estimate) -> int:
     if kind != "llm":
         return 0
-    if not instance.kv_tokens:
+    known = instance.kv_tokens or (int(planned.memory.kv_tokens.value) if planned.memory else 0)
+    if not known:
         remarks.append(f"{instance.id}: kv_tokens is not told; assumed {PRIOR_KV_TOKENS}")
-    return instance.kv_tokens or PRIOR_KV_TOKENS
+    return known or PRIOR_KV_TOKENS
 
 
 def engine_of(endpoint: Endpoint, block_tokens: int, budget: int = BUDGET) -> LlmEngine | EncoderEngine:
