@@ -85,7 +85,9 @@ def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
                 if getattr(instance, key) is not None:
                     yield Fault(f"{at}.{key}", "is for LLMs")
         if engine in ("scripted", "openai-http"):
-            for key in ("dtype", "revision", "chat_template", "prompt_template", "tool_parser", "reasoning_parser"):
+            # What weights an adopted server has loaded is described here, for the planner; it is not ours to set.
+            described = ("dtype",) if engine == "scripted" else ()
+            for key in (*described, "revision", "chat_template", "prompt_template", "tool_parser", "reasoning_parser"):
                 if getattr(model, key) != Model.model_fields[key].get_default():
                     yield Fault(f"{where}.{key}", f"engine {engine} of {instance.id} does not take it")
 

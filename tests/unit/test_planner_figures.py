@@ -1,4 +1,4 @@
-"""The check figures of DESIGN §10 and the tables of the seeds. Where a published shortcut is wrong, both values stand."""
+"""The check figures of DESIGN §10 and the tables of the seeds. Where a published shortcut is wrong, both stand."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_70b_in_fp16_is_130_4_gib_and_that_is_weights_alone() -> None:
 
 
 def test_the_often_quoted_22_requests_follow_from_two_wrong_inputs() -> None:
-    """seed 001: (80 × 0.9 − 28) / (1 MiB × 2,048) = 22. The weights are 26 GB and a token takes 0.78125 MiB: 28 to 29."""
+    """seed 001: (80 × 0.9 − 28) / (1 MiB × 2,048) = 22. The weights are 26 GB, a token takes 0.78125 MiB: 28 to 29."""
     quoted = (80 * 0.9 - 28) / (1 * 2048 / 1024)
     assert int(quoted) == 22
     right = (80 * 0.9 - 26) / (0.78125 * 2048 / 1024)
@@ -92,8 +92,8 @@ def test_the_often_quoted_22_requests_follow_from_two_wrong_inputs() -> None:
 
 
 def test_published_qps_rows_are_concurrent_requests() -> None:
-    """seed 001 gives 29.75 and 32.375 "QPS per GPU" for 13B, 2k, fp8 KV over 8 × A100-40G. They are what its own formula
-    gives as concurrent requests a card with 0.5 MiB a token and 50 and 29 GB held; at its own 3 s a call QPS is a third.
+    """seed 001 gives 29.75 and 32.375 "QPS per GPU" for 13B, 2k, fp8 KV over 8 × A100-40G. They are what its formula
+    gives as concurrent requests a card, 0.5 MiB a token and 50 and 29 GB held; at its own 3 s a call QPS is a third.
     With 0.78125 / 2 MiB a token and the weights alone it would be 42 and 45 concurrent requests."""
     quoted = [(8 * 40 * 0.9 - held) / (0.5 * 2048 / 1024) / 8 for held in (50, 29)]
     assert quoted == pytest.approx([29.75, 32.375])
