@@ -26,6 +26,13 @@ _ID: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,127}")
 _METADATA_SERVICES: Final = frozenset(
     ipaddress.ip_address(text) for text in ("fd00:ec2::254", "100.100.100.200", "168.63.129.16", "192.0.0.192")
 )
+# Ports at which something else listens, if anything: a gateway that connects there works for whoever wrote the entry.
+_OTHERS_PORTS: Final = frozenset(
+    [
+        *(20, 21, 22, 23, 25, 53, 110, 111, 135, 139, 143, 389, 445, 465, 514, 587, 636, 873, 993, 995),
+        *(2049, 2375, 2376, 2379, 2380, 3306, 3389, 5432, 6379, 11211, 27017),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,6 +288,8 @@ def undialable(host: str, port: int) -> str:
     """
     if not 0 < port < 65536:
         return f"port {port} is not within 1 .. 65535"
+    if port in _OTHERS_PORTS:
+        return f"port {port} belongs to another protocol (ssh, mail, a database …)"
     try:
         ip = ipaddress.ip_address(host)
     except ValueError:

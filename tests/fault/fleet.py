@@ -46,11 +46,21 @@ class Fleet:
 
     def add_gateway(self, *flags: str, **how: Any) -> Child:
         name = f"gateway-{len(self.gateways)}"
-        doors = ("--grpc", f"{self.host}:0", "--http", f"{self.host}:0", *self._open, "--grace-s", "5")
+        self._flags[name] = (flags, how)
+        self.gateways.append(self._gateway(name, f"{self.host}:0", f"{self.host}:0"))
+        return self.gateways[-1]
+
+    def gateway_again(self, number: int) -> Child:
+        """Another life of a gateway that has ended, behind the same doors."""
+        told = self.gateways[number].told()
+        self.gateways[number] = self._gateway(f"gateway-{number}", told["grpc"], told["http"])
+        return self.gateways[number]
+
+    def _gateway(self, name: str, grpc: str, http: str) -> Child:
+        flags, how = self._flags[name]
+        doors = ("--grpc", grpc, "--http", http, *self._open, "--grace-s", "5", "--log-level", "warning")
         words = infermesh("gateway", "--registry", self.registry, "--id", name, *doors, *flags)
-        child = self.children.run(name, _prefixed(words, how), **how)
-        self.gateways.append(child)
-        return child
+        return self.children.run(name, _prefixed(words, how), **_without_prefix(how))
 
     def add_llm(self, id: str, *flags: str, faults: dict[str, Any] | None = None, host: str = "", **how: Any) -> Child:
         """`faults` makes it one that can be broken while it runs, see `tests.kit.faulty_llm`."""
@@ -61,7 +71,7 @@ class Fleet:
             words = [sys.executable, "-P", "-m", "tests.kit.faulty_llm", str(self._file(id)), *words[4:]]
         words += ["--registry", self.registry, "--listen", f"{host or self.host}:0", *self._open]
         words += ["--grace-s", "5", "--log-level", "warning", *PACE, *flags]
-        child = self.llms[id] = self.children.run(id, _prefixed(words, how), **how)
+        child = self.llms[id] = self.children.run(id, _prefixed(words, how), **_without_prefix(how))
         return child
 
     def again(self, id: str) -> Child:
@@ -180,8 +190,11 @@ class Fleet:
 
 
 def _prefixed(words: list[str], how: dict[str, Any]) -> list[str]:
-    prefix: Sequence[str] = how.pop("prefix", ())
-    return [*prefix, *words]
+    return [*how.get("prefix", ()), *words]
+
+
+def _without_prefix(how: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in how.items() if key != "prefix"}
 
 
 @asynccontextmanager

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from tests.fault import rows_engine, rows_network, rows_process
+from tests.fault import rows_client, rows_consul, rows_engine, rows_leaving, rows_network, rows_process, rows_registry
 from tests.fault.matrix import Row
 
 ROWS: tuple[Row, ...] = tuple(
     sorted(
-        (row for module in (rows_engine, rows_network, rows_process) for row in module.ROWS), key=lambda row: row.number
+        (
+            row
+            for module in (
+                rows_process,
+                rows_engine,
+                rows_leaving,
+                rows_network,
+                rows_client,
+                rows_consul,
+                rows_registry,
+            )
+            for row in module.ROWS
+        ),
+        key=lambda row: row.number,
     )
 )
 

@@ -117,6 +117,7 @@ class ConsulServer:
         self._folder = Path(tempfile.mkdtemp(prefix="infermesh-consul-"))
         self._ports = [_free_ports() for _ in range(servers)]
         self._processes: list[subprocess.Popen[bytes] | None] = [None] * servers
+        self._agent: subprocess.Popen[bytes] | None = None
 
     @property
     def url(self) -> str:
@@ -192,7 +193,46 @@ class ConsulServer:
         """Raises urllib.error.HTTPError for what Consul refuses."""
         return self._call("PUT", path, json.dumps(body).encode() if body is not None else b"", index, token)
 
+    def start_agent(self) -> str:
+        """A client agent beside the servers, as every host of a mesh has one. Returns its URL."""
+        ports = _free_ports()
+        config = {
+            "bind_addr": "127.0.0.1",
+            "client_addr": "127.0.0.1",
+            "node_name": "agent",
+            "ports": {**ports, "https": -1, "dns": -1, "grpc": -1},
+            "retry_join": [f"127.0.0.1:{one['serf_lan']}" for one in self._ports],
+            "retry_interval": "1s",
+            "data_dir": str(self._folder / "data-agent"),
+            "disable_update_check": True,
+            "log_level": "warn",
+        }
+        path = self._folder / "agent.json"
+        path.write_text(json.dumps(config))
+        with (self._folder / "agent.log").open("ab") as log:
+            self._agent = subprocess.Popen(
+                [self._binary, "agent", "-config-file", str(path)],
+                cwd=self._folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        deadline = time.monotonic() + 40
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, ValueError):
+                if any(node["Node"] == "agent" for node in self.get("/v1/catalog/nodes")):
+                    return f"consul://127.0.0.1:{ports['http']}"
+            time.sleep(0.05)
+        raise AssertionError(f"the agent did not join: {(self._folder / 'agent.log').read_text()[-2000:]}")
+
+    def kill_agent(self) -> None:
+        if self._agent is not None:
+            self._agent.kill()
+            self._agent.wait(10)
+            self._agent = None
+
     def close(self) -> None:
+        self.kill_agent()
         self.kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -113,6 +113,7 @@ def test_addresses_that_nobody_should_dial(host: str) -> None:
 def test_addresses_that_are_fine(host: str) -> None:
     assert undialable(host, 80) == ""
     assert undialable(host, 0) and undialable(host, 65536) and undialable(host, -1)
+    assert undialable(host, 22) and undialable(host, 6379) and not undialable(host, 50051)
 
 
 def test_ids() -> None:
