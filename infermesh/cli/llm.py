@@ -16,7 +16,7 @@ VLLM = (
     *("time_granularity_s", "tool_parser", "reasoning_parser", "engine_args"),
 )
 OPENAI_HTTP = ("upstream_model", "api_key_file", "probe_timeout_s", "idle_timeout_s")
-SCRIPTED = ("chat_tokens", "prefill_chunk", "fail_after_tokens", "fail_start", "fault_file")
+SCRIPTED = ("chat_tokens", "prefill_chunk", "fail_after_tokens", "fail_start")
 
 
 def command(
@@ -82,7 +82,6 @@ def command(
     prefill_chunk: Annotated[int | None, typer.Option(help="scripted: prompt tokens a step, at most.")] = None,
     fail_after_tokens: Annotated[int | None, typer.Option(help="scripted: break each answer there.")] = None,
     fail_start: Annotated[bool | None, typer.Option("--fail-start", help="scripted: do not start.")] = None,
-    fault_file: Annotated[Path | None, typer.Option(help="scripted: faults to switch on, JSON.", hidden=True)] = None,
 ) -> int:
     """Run one LLM service: vLLM in this process, a running OpenAI-speaking server, or the scripted engine.
 

@@ -143,7 +143,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     queue = settings.queue
     bounds = Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s)
     policy = routing.policy(settings.weights)
-    router = Router(clock(), bounds, policy=policy)
+    router = Router(clock(), bounds, policy=policy, salt=gateway_id)
     carrier = Carrier(router, Channels(), observe, clock, f"Bearer {key}" if key else "")
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"

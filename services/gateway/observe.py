@@ -96,7 +96,8 @@ class Observe:
         self._refused = Counter(
             f"{name}_refused", "Refused before forwarding.", ("front", "method", "outcome"), registry=of
         )
-        self._ejections = Counter(f"{name}_ejections", "Instances taken out.", ("instance",), registry=of)
+        self._ejections = Counter(f"{name}_ejections", "Instances taken out.", ("instance", "cause"), registry=of)
+        self._abandoned = Counter(f"{name}_abandoned", "Calls cut to move.", ("instance",), registry=of)
         self.in_flight = Gauge(f"{name}_in_flight", "Requests being served, waiting ones among them.", registry=of)
         self.waiting = Gauge(f"{name}_waiting", "Requests that wait for room.", registry=of)
         self._series: dict[tuple[str, ...], tuple[Counter, Histogram, Histogram]] = {}
@@ -170,8 +171,12 @@ class Observe:
             exact=exact,
         )
 
-    def ejected(self, instance: str) -> None:
-        self._ejections.labels(instance).inc()
+    def ejected(self, instance: str, cause: str) -> None:
+        """`cause`: a word of routing.health.Cause."""
+        self._ejections.labels(instance, cause).inc()
+
+    def abandoned(self, instance: str) -> None:
+        self._abandoned.labels(instance).inc()
 
     def _verdict(self, report: Report) -> str:
         """met | ttft | tpot: the first target that the answer missed."""

@@ -75,7 +75,7 @@ class OpenAiHttpOptions(BaseModel):
 
 class ScriptedOptions(BaseModel):
     """The scripted engine beyond its speed, KV room and batch, which are the instance's `speed`, `kv_tokens` and
-    `max_running`. `fail_*` and `fault_file` (scripted_faults) are faults for tests.
+    `max_running`. The `fail_*` options are faults for tests.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -85,7 +85,6 @@ class ScriptedOptions(BaseModel):
     prefill_chunk: int = Field(default=2048, ge=1, le=1 << 20)  # prompt tokens computed in one step, at most
     fail_after_tokens: int = Field(default=0, ge=0)  # each answer breaks with ENGINE_FAILED after so many; 0 = never
     fail_start: bool = False
-    fault_file: Path | None = None
 
 
 class LlmSettings(InstanceSettings):

@@ -30,15 +30,28 @@ def test_a_lost_call_makes_suspect_and_asks_for_a_probe() -> None:
 
 def test_a_failed_probe_loses_an_instance_until_a_probe_goes_well() -> None:
     """Its Link may stand all the while: it stalled for longer than a probe waits, and nobody says hello again."""
-    r = router(endpoint("a"))
+    r = router(endpoint("a"), endpoint("b"))
     assert r.release(pick(r).lease, Outcome(End.LOST, Reason.INSTANCE_LOST), OLD) == [Probe("a")]
     assert r.probed("a", 1, False, OLD) == [Eject("a", "the probe failed")]
-    assert r.fleet.instances["a"].state.value == "lost"
-    assert r.report("a", 1, LoadReport(running=0), OLD + 1) == [Probe("a")], "it lives, so ask again"
-    assert r.fleet.instances["a"].state.value == "lost", "a sign of life is no sign of health"
+    assert r.fleet.instances["a"].state.value == "ejected"
+    assert r.report("a", 1, LoadReport(running=0), OLD + 1) == []
+    assert r.fleet.instances["a"].state.value == "ejected", "a sign of life is no sign of health"
+    asked = [effect for i in range(20) for effect in r.tick(OLD + 0.05 * i)]
+    assert asked == [Probe("a")], "it is asked every half second"
+    r.probed("a", 1, True, OLD + 1)
+    assert r.fleet.instances["a"].state.value == "ejected", "once is chance"
     r.probed("a", 1, True, OLD + 1)
     assert r.fleet.instances["a"].state.value == "healthy"
-    assert r.report("a", 1, LoadReport(running=0), OLD + 2) == []
+
+
+def test_the_only_instance_serves_on_though_a_probe_failed() -> None:
+    """Where nobody else is, a doubt is no reason to refuse everybody."""
+    r = router(endpoint("a"))
+    assert r.release(pick(r).lease, Outcome(End.LOST, Reason.INSTANCE_LOST), OLD) == [Probe("a")]
+    assert r.probed("a", 1, False, OLD) == []
+    assert r.fleet.instances["a"].state.value == "suspect" and pick(r).lease.instance_id == "a"
+    r.probed("a", 1, True, OLD + 1)
+    assert r.fleet.instances["a"].state.value == "healthy"
 
 
 def test_a_failed_probe_and_the_registrys_word_together_are_the_end() -> None:

@@ -121,8 +121,8 @@ def choose(
             line = instance.line.ahead_s(work) * crowd
         ready = slot and (asks or (not room and instance.is_open(wait, crowd)))
         seconds = (wait, line, room, work * price, reserve, decode)
-        total = sum(seconds) / rates.weight
-        candidates.append(Candidate(endpoint.id, total, seconds, rates.weight, cached, ready))
+        weight = rates.weight * instance.share
+        candidates.append(Candidate(endpoint.id, sum(seconds) / weight, seconds, weight, cached, ready))
         details.append((work, step))
     index, reason = _cheapest(candidates, details, facts, held, draw)
     chosen, (work, step) = candidates[index], details[index]
@@ -193,7 +193,7 @@ def _id(instance: Instance) -> str:
 
 def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) -> Choice:
     words = {word for _, word in rejected} - {"excluded"}
-    usable = words - {"lost", "draining"}  # what speaks of the request, not of the fleet's health
+    usable = words - {"lost", "draining", "banned"}  # what speaks of the request, not of the fleet's health
     features = sorted(word.removeprefix("feature:") for word in usable if word.startswith("feature:"))
     message = f"no instance of {facts.model} is healthy"
     refusal: Reason | None = Reason.NO_INSTANCE

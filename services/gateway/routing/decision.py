@@ -102,6 +102,7 @@ class Eject:
 
     instance_id: str
     why: str
+    cause: str = field(default="", compare=False)  # a word of health.Cause
 
 
 @dataclass(frozen=True, slots=True)

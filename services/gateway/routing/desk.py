@@ -11,6 +11,7 @@ from services.gateway.routing.affinity import PrefixIndex, cached_blocks, hint_k
 from services.gateway.routing.choice import Choice, cached_tokens, choose, tokens
 from services.gateway.routing.decision import Lease, Record
 from services.gateway.routing.degrade import Pressure
+from services.gateway.routing.ejections import Ejections
 from services.gateway.routing.estimate import Estimate
 from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
@@ -25,7 +26,7 @@ TELLING_ANSWER = 8  # nor shorter answers of its decoding
 
 
 class Desk:
-    def __init__(self, now: float, bounds: Bounds, policy: Policy) -> None:
+    def __init__(self, now: float, bounds: Bounds, policy: Policy, salt: str = "") -> None:
         self.fleet = Fleet()
         self.bounds = bounds
         self.policy = policy
@@ -35,6 +36,8 @@ class Desk:
         self.pressure = Pressure(policy.ttft_s)
         self.born = now
         self.awake = Awake()
+        self.looked = 0.0  # awake
+        self.ejections = Ejections(salt)
         self.young = False
         self.stale = True  # until somebody has told what there is
         self.ever: set[Lane] = set()
@@ -123,6 +126,7 @@ class Desk:
             thought=0.0 if choice.wait or choice.cached or instance.ledger.foreign_running else choice.work,
             step=choice.step,
             at=now,
+            due=record.predicted_ttft_s,
         )
         pulse = entry.pulse = Pulse(self.awake.now, vital=instance.vital)
         instance.ledger.reserve(self._seq, entry, now)

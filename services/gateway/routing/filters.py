@@ -1,6 +1,7 @@
 """Who may take a request at all: the same for every policy, each rejection with its word.
 
-Words: excluded, draining, lost, starting, suspect, unlike, feature:<name>, context_over, context_under, no_room.
+Words: excluded, draining, banned, lost, starting, suspect, ejected, unlike, feature:<name>, context_over,
+context_under, no_room.
 """
 
 from __future__ import annotations
@@ -14,14 +15,22 @@ from services.gateway.routing.health import State
 
 EDGE = 1.15  # an estimate may be so far off; near a range's edge the larger range is chosen
 Rejected = tuple[tuple[str, str], ...]
-_NOT_NOW = {State.DRAINING: "draining", State.LOST: "lost", State.STARTING: "starting"}
+_NOT_NOW = {
+    State.DRAINING: "draining",
+    State.BANNED: "banned",
+    State.LOST: "lost",
+    State.STARTING: "starting",
+}
+_LESS = (State.SUSPECT, State.EJECTED)
 
 
 def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[Instance], Rejected]:
-    """Splits the instances of a model (sorted by id). Suspects are taken only where nobody is healthy; the widest
-    context range is taken, to give the exact refusal, where none is wide enough for an estimate."""
+    """Splits the instances of a model (sorted by id). Suspects, and after them ejected ones that answer, are taken
+    where too few of the model are healthy (panic.py) and where no healthy one passes; the widest context range is
+    taken, to give the exact refusal, where none is wide enough for an estimate."""
     passed: list[Instance] = []
     suspects: list[Instance] = []
+    ejected: list[Instance] = []
     too_narrow: list[Instance] = []
     rejected: list[tuple[str, str]] = []
     plain = not facts.excluded and not facts.features and facts.kind == "llm" and facts.slots and facts.alike is None
@@ -34,15 +43,20 @@ def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[
                 continue
         word = _word(instance, facts, prompt)
         if word == "":
-            (suspects if instance.state is State.SUSPECT else passed).append(instance)
+            if instance.state not in _LESS or instance.spare:
+                passed.append(instance)
+            else:
+                (suspects if instance.state is State.SUSPECT else ejected).append(instance)
             continue
         if word == "context_over":
             too_narrow.append(instance)
         rejected.append((instance.id, word))
-    if passed:
-        rejected.extend((instance.id, "suspect") for instance in suspects)
-    else:
-        passed = suspects
+    for tier in (suspects, ejected):
+        if passed:
+            rejected.extend((instance.id, instance.state.value) for instance in tier)
+        else:
+            passed = [instance for instance in tier if instance.is_linked]
+            rejected.extend((instance.id, "lost") for instance in tier if not instance.is_linked)
     if not passed and too_narrow:
         widest = max(instance.endpoint.capacity.context_max for instance in too_narrow)
         if not facts.counted or prompt < widest:  # else nobody has to be asked

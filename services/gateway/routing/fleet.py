@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from registry.endpoint import Endpoint
-from services.gateway.routing.health import State, Voices
+from services.gateway.routing.health import Link, State, Voices
 from services.gateway.routing.ledger import US, Ledger
 from services.gateway.routing.line import Line
 from services.gateway.routing.pulse import Vital
 from services.gateway.routing.rates import Rates
 from services.gateway.routing.reserve import Reserve
+from services.gateway.routing.tally import Tally
 
 MOST_GATEWAYS = 16
 
@@ -25,21 +26,40 @@ class Instance:
     voices: Voices = field(default_factory=Voices)
     ledger: Ledger = field(default_factory=Ledger)
     vital: Vital = field(default_factory=Vital)
+    tally: Tally = field(default_factory=Tally)
     line: Line = field(default_factory=Line)
     reserve: Reserve = field(default_factory=Reserve)
     state: State = State.STARTING
     full_until: float = 0.0
     barred: bool = False  # its class of cards is ahead of its share of the split
+    spare: bool = False  # serves though not healthy: too few are
+    share: float = 1.0  # of its weight, while it comes back or comes new
+    ramp_from: float | None = None  # when that began
+    since: float = 0.0  # of its state
+    settled: State = State.STARTING  # the one that those who wait were last placed by
+    beats: bool = False  # it promised a frame a second at least
+    # Seconds awake (pulse.py): last frame; when the engine's steps last advanced, None = it counts none; last probe;
+    # last look at its single streams.
+    heard: float = 0.0
+    stepped: float | None = None
+    asked: float = 0.0
+    scanned: float = 0.0
 
     @property
     def id(self) -> str:
         return self.endpoint.id
+
+    @property
+    def is_linked(self) -> bool:
+        return self.voices.link is Link.UP
 
     def has_slot(self, now: float) -> bool:
         """`max_running` is the gateway's cap too; an unknown one caps nothing."""
         if now < self.full_until or self.barred:
             return False
         cap, ledger = self.endpoint.capacity.max_running, self.ledger
+        if self.state is State.PROBATION and ledger.entries and not self.spare:
+            return False
         return not cap or ledger.own_slots + ledger.foreign_running < cap
 
     def crowd(self) -> float:
@@ -78,6 +98,11 @@ class Fleet:
             for name in dict.fromkeys((endpoint.model, *endpoint.aliases)):
                 pools.setdefault((endpoint.kind, name), []).append(instance)
         self.pools = pools
+
+    def pools_of(self, instance: Instance) -> list[list[Instance]]:
+        endpoint = instance.endpoint
+        names = dict.fromkeys((endpoint.model, *endpoint.aliases))
+        return [pool for name in names if (pool := self.pools.get((endpoint.kind, name)))]
 
     def life(self, id: str, incarnation: int) -> Instance | None:
         instance = self.instances.get(id)

@@ -21,7 +21,7 @@ class Entry:
 
     `total`: tokens of prompt, cached ones included. `thought`: seconds of its prefill as predicted, 0 where others were
     queued before it. `step`: seconds of a decode step, as predicted. `arrivals`: how many had been sent here when its
-    first token came.
+    first token came. `due`: seconds to its first token, as predicted. `abandoned`: its call was cut.
     """
 
     prompt: int
@@ -35,6 +35,8 @@ class Entry:
     at: float = 0.0
     started_at: float = 0.0
     arrivals: int = 0
+    due: float = 0.0
+    abandoned: bool = False
     pulse: Pulse = field(default_factory=Pulse)
 
 

@@ -41,11 +41,11 @@ class Vital:
 @dataclass(slots=True)
 class Pulse:
     """One attempt. `at`: when, awake, it began or moved last. `heeded`: somebody waits for its next event; a caller who
-    reads slowly is no silence of the instance."""
+    reads slowly is no silence of the instance, and where nobody tells, nothing is watched."""
 
     at: float = 0.0
     tokens: int = 0
-    heeded: bool = True
+    heeded: bool = False
     vital: Vital = field(default_factory=Vital)
 
     def heed(self, awake: float) -> None:

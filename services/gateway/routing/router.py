@@ -10,14 +10,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from infermesh.errors import Reason
-from services.gateway.routing import membership, serving
+from services.gateway.routing import judge, membership, serving, watch
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.choice import tokens
-from services.gateway.routing.decision import Close, Decision, Effect, Lease, Probe, Record
+from services.gateway.routing.decision import Close, Decision, Effect, Lease, Record
 from services.gateway.routing.desk import Desk
-from services.gateway.routing.facts import End, Facts, LoadReport, Member, Outcome
-from services.gateway.routing.fleet import Fleet
-from services.gateway.routing.health import Doubt, Link
+from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
+from services.gateway.routing.fleet import Fleet, Instance
+from services.gateway.routing.health import Cause, Link, Standing
 from services.gateway.routing.policy import Policy
 
 FULL_PAUSE_S = 0.1  # an instance that refused for want of room is left alone so long, or until its next report
@@ -30,9 +30,11 @@ class Router:
         bounds: Bounds | None = None,
         weights: Mapping[str, float] | None = None,
         policy: Policy | None = None,
+        salt: str = "",
     ) -> None:
-        """`weights`: instance -> factor, where no whole policy is given."""
-        self._desk = Desk(now, bounds or Bounds(), policy or Policy(weights=dict(weights or {})))
+        """`weights`: instance -> factor, where no whole policy is given. `salt`: this gateway's own, for the jitter of
+        ejections."""
+        self._desk = Desk(now, bounds or Bounds(), policy or Policy(weights=dict(weights or {})), salt)
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -75,16 +77,15 @@ class Router:
             instance.full_until = now + FULL_PAUSE_S
         elif outcome.reason is Reason.DRAINING:
             instance.voices.draining = True
-        if outcome.end is End.LOST and instance.voices.doubt is Doubt.NONE:
-            instance.voices.doubt = Doubt.PROBING
-            effects.append(Probe(instance.id))
         life = (lease.instance_id, lease.incarnation)
         if life in self.fleet.leaving:
             if not instance.ledger.entries:
                 del self.fleet.leaving[life]
                 effects.append(Close(*life))
             return effects
-        return effects + membership.refresh(self._desk, instance, f"a call was lost: {outcome.reason}", now)
+        effects += judge.ended(self._desk, instance, lease, entry, outcome, now)
+        effects += judge.update(self._desk, instance, Cause.LEFT, "it drains", now)
+        return membership.follow(self._desk, instance, effects, now)
 
     def cancel(self, ticket: int, now: float) -> list[Effect]:
         """The caller of a waiting request has gone. An unknown ticket is no error: its effect may be under way."""
@@ -97,7 +98,12 @@ class Router:
         self._desk.awake.tick(now)
         effects = serving.expire(self._desk, now)
         for instance in [i for i in self.fleet.instances.values() if i.voices.over(now)]:
-            effects += membership.retire(self._desk, instance, "no longer registered")
+            effects += membership.retire(self._desk, instance, "no longer registered", now)
+        if looked := watch.look(self._desk, now):
+            effects += looked
+            for instance in list(self.fleet.instances.values()):
+                if instance.state is not instance.settled:
+                    effects += membership.follow(self._desk, instance, [], now)
         return effects + serving.serve_all(self._desk, now)
 
     # -- the fleet --------------------------------------------------------------------------------------------------
@@ -108,9 +114,15 @@ class Router:
         """The directory's whole content. Unchanged lives keep everything; a stale directory removes nobody."""
         return membership.update(self._desk, members, now, young=young, stale=stale)
 
-    def linked(self, id: str, incarnation: int, now: float) -> list[Effect]:
-        """The Link to this life stands and its hello was right."""
-        return membership.hear(self._desk, id, incarnation, "", now, link=Link.UP, doubt=Doubt.NONE)
+    def linked(self, id: str, incarnation: int, now: float, *, beats: bool = False) -> list[Effect]:
+        """The Link to this life stands and its hello was right. `beats`: it promised a frame a second at least."""
+        instance = self.fleet.instances.get(id)
+        effects: list[Effect] = []
+        if instance is not None and instance.endpoint.incarnation == incarnation:
+            instance.beats, instance.heard, instance.stepped = beats, self._desk.awake.now, None
+            if instance.voices.standing is Standing.DOUBTED and instance.voices.cause in (Cause.LOST, Cause.SILENT):
+                effects = judge.cleared(self._desk, instance, now)
+        return effects + membership.hear(self._desk, id, incarnation, "", now, link=Link.UP)
 
     def unlinked(self, id: str, incarnation: int, why: str, now: float) -> list[Effect]:
         """The Link broke, or cannot be made."""
@@ -121,26 +133,32 @@ class Router:
 
     def draining(self, id: str, incarnation: int, now: float) -> list[Effect]:
         """The instance takes no new work and finishes what it has."""
-        return membership.hear(self._desk, id, incarnation, "draining", now, draining=True)
+        return membership.hear(self._desk, id, incarnation, "draining", now, Cause.LEFT, draining=True)
 
     def goodbye(self, id: str, incarnation: int, now: float) -> list[Effect]:
         """The instance left of its own will."""
-        return membership.hear(self._desk, id, incarnation, "goodbye", now, link=Link.DOWN, registered=False)
+        said = {"link": Link.DOWN, "registered": False, "draining": True}
+        return membership.hear(self._desk, id, incarnation, "goodbye", now, Cause.LEFT, **said)
 
     def probed(self, id: str, incarnation: int, well: bool, now: float) -> list[Effect]:
         """The answer to a Probe."""
-        doubt = Doubt.NONE if well else Doubt.FAILED
-        return membership.hear(self._desk, id, incarnation, "the probe failed", now, doubt=doubt)
-
-    def report(self, id: str, incarnation: int, load: LoadReport, now: float) -> list[Effect]:
-        """A load frame; room it shows goes to whoever waits. One that failed a probe is asked again: it lives."""
         instance = self.fleet.instances.get(id)
         if instance is None or instance.endpoint.incarnation != incarnation:
             return []
+        effects = judge.probed(self._desk, instance, well, now)
+        if instance.voices.over(now):
+            effects += membership.retire(self._desk, instance, "the probe failed", now)
+            return effects + membership.settle(self._desk, now)
+        return membership.follow(self._desk, instance, effects, now)
+
+    def report(self, id: str, incarnation: int, load: LoadReport, now: float) -> list[Effect]:
+        """A load frame; room it shows goes to whoever waits."""
+        instance = self.fleet.instances.get(id)
+        if instance is None or instance.endpoint.incarnation != incarnation:
+            return []
+        self._heard(instance, load)
         instance.ledger.reconcile(load, now, instance.rates.tps)
         instance.full_until = 0.0
-        if instance.voices.doubt is Doubt.FAILED:
-            return [Probe(id)]
         return serving.serve(self._desk, instance, now)
 
     def cached(
@@ -156,7 +174,17 @@ class Router:
         """A cache frame: which blocks of prefix chains the instance holds, by its own word."""
         instance = self.fleet.instances.get(id)
         if instance is not None and instance.endpoint.incarnation == incarnation:
+            instance.heard = self._desk.awake.now
             self._desk.index.cache_frame(id, added, removed, snapshot, epoch)
+
+    def _heard(self, instance: Instance, load: LoadReport) -> None:
+        """A sign of life of the process; and of its engine, if it made a step or computed a prompt."""
+        before, awake = instance.ledger.report, self._desk.awake.now
+        instance.heard = awake
+        if load.steps is None:
+            instance.stepped = None
+        elif before is None or (before.steps, before.queued_tokens) != (load.steps, load.queued_tokens):
+            instance.stepped = awake
 
     # -- what others may ask ----------------------------------------------------------------------------------------
 
@@ -167,6 +195,11 @@ class Router:
     @property
     def waiting(self) -> int:
         return len(self._desk.queue.tickets)
+
+    @property
+    def awake_s(self) -> float:
+        """Seconds that the loop was awake, as far as the ticks tell."""
+        return self._desk.awake.now
 
     def estimate(self, facts: Facts) -> tuple[int, int]:
         """Tokens of prompt and of answer that the request is thought to need."""

@@ -61,6 +61,7 @@ class Attempt:
         dial = carrier.channels.open(self.endpoint).calls[method]
         call = self._call = dial(request, timeout=timeout, metadata=metadata)
         carrier.attach(self.lease, call)
+        carrier.router.heeding(self.lease)
         first = await call.read() if method.streams else await call
         if first is grpc.aio.EOF:
             raise MeshError(Reason.ENGINE_FAILED, f"{self.endpoint.id} ended the answer before it began")

@@ -7,6 +7,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import grpc
+import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2
 
@@ -20,6 +22,7 @@ from services.gateway.upstream.failures import we_were_cancelled
 
 TICK_S = 0.05
 PROBE_TIMEOUT_S = 1.0
+AWAKE_PART = 0.7  # of a probe's time, for its deadline to say something
 log = structlog.get_logger("mesh")
 
 
@@ -36,7 +39,7 @@ class Carrier:
         self.changed = asyncio.Event()  # replaced at each change of the fleet
         self._observe = observe
         self._waiters: dict[int, asyncio.Future[Dispatch | Refuse]] = {}
-        self._calls: dict[int, Any] = {}  # of leases, by their seq
+        self._calls: dict[int, tuple[str, Any]] = {}  # by a lease's seq: the instance, the grpc call
         self._probes: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._effects: deque[Effect] = deque()
         self._doing = False
@@ -58,8 +61,8 @@ class Carrier:
         if isinstance(effect, Dispatch | Refuse):
             self._wake(effect)
         elif isinstance(effect, Eject):
-            log.warning("instance takes no more work", instance=effect.instance_id, why=effect.why)
-            self._observe.ejected(effect.instance_id)
+            log.warning("instance takes no more work", instance=effect.instance_id, why=effect.why, cause=effect.cause)
+            self._observe.ejected(effect.instance_id, effect.cause)
             self.touch()
         elif isinstance(effect, Probe):
             self._probe(effect.instance_id)
@@ -81,16 +84,17 @@ class Carrier:
 
     def attach(self, lease: Lease, call: Any) -> None:
         """The grpc call of a lease, so that the router can have it cut; until `detach`."""
-        self._calls[lease.seq] = call
+        self._calls[lease.seq] = (lease.instance_id, call)
 
     def detach(self, lease: Lease) -> None:
         self._calls.pop(lease.seq, None)
 
     def _abandon(self, effect: Abandon) -> None:
         """Whoever reads the call gets a CancelledError that is not his own: INSTANCE_LOST."""
-        call = self._calls.pop(effect.seq, None)
+        instance, call = self._calls.pop(effect.seq, ("", None))
         if call is not None:
-            log.warning("call abandoned", seq=effect.seq, why=effect.why)
+            log.warning("call abandoned", instance=instance, seq=effect.seq, why=effect.why)
+            self._observe.abandoned(instance)
             call.cancel()
 
     async def wait(self, ticket: int) -> Dispatch | Refuse:
@@ -131,14 +135,24 @@ class Carrier:
         task.add_done_callback(lambda _: self._probes.pop(life))
 
     async def _ask(self, endpoint: Endpoint) -> None:
+        well = await self._check(endpoint)
+        while well is None:
+            well = await self._check(endpoint)
+        self.do(self.router.probed(endpoint.id, endpoint.incarnation, well, self.now()))
+        self.touch()
+
+    async def _check(self, endpoint: Endpoint) -> bool | None:
+        """Whether its health says SERVING; None where nobody can tell: the deadline passed while our own loop stood."""
         line = self.channels.open(endpoint)
-        well = False
+        asked = self.router.awake_s
         try:
             reply = await line.health.Check(health_pb2.HealthCheckRequest(), timeout=PROBE_TIMEOUT_S)
-            well = reply.status == health_pb2.HealthCheckResponse.SERVING
+            return bool(reply.status == health_pb2.HealthCheckResponse.SERVING)
         except (Exception, asyncio.CancelledError) as error:
             if we_were_cancelled(error):
                 raise
-            log.info("probe failed", instance=endpoint.id, error=type(error).__name__)
-        self.do(self.router.probed(endpoint.id, endpoint.incarnation, well, self.now()))
-        self.touch()
+            late = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            if late and self.router.awake_s - asked < AWAKE_PART * PROBE_TIMEOUT_S:
+                return None
+            log.info("probe failed", instance=endpoint.id, error=str(error) or type(error).__name__)
+            return False

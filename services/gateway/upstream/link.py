@@ -21,6 +21,7 @@ FIRST_PAUSE_S = 0.1
 LONGEST_PAUSE_S = 1.0
 HELLO_TIMEOUT_S = 3.0
 CACHE_FEATURE = "cache"  # asks for cache frames
+LOAD_FEATURE = "load"  # promises load frames, at least every second
 log = structlog.get_logger("link")
 
 
@@ -97,7 +98,8 @@ class Link:
                 f"registered is {mine[0]} in life {mine[1]:016x}"
             )
         self.wrong = ""
-        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now()))
+        beats = LOAD_FEATURE in hello.features
+        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now(), beats=beats))
         self._carrier.touch()
 
     def _hear(self, frame: wk.LinkResponse) -> bool:

@@ -21,7 +21,6 @@ from services.llm.engine import EngineInfo, Event
 from services.llm.engines.scripted_answer import Answer, replay
 from services.llm.engines.scripted_batch import Batch, Job, Pace
 from services.llm.engines.scripted_cache import BLOCK, Blocks
-from services.llm.engines.scripted_faults import Faults
 from services.llm.engines.scripted_text import Words
 from services.llm.settings import LlmSettings
 from services.llm.window import OutOfWindow, Window
@@ -58,19 +57,15 @@ class ScriptedEngine:
         self._model = settings.model
         self._device = settings.device or "cpu"
         self._words = Words()
-        self._faults = Faults(settings.scripted.fault_file)
         self._kick = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
+        self._stepping: asyncio.Task[None] | None = None
         self._over = asyncio.Event()
 
     async def start(self, progress: Callable[[str], None]) -> EngineInfo:
         if self._options.fail_start:
             raise MeshError(Reason.FAILED_PRECONDITION, "the scripted engine was told to fail at start")
-        self._tasks = [asyncio.create_task(self._step_on())]
-        if self._options.fault_file is not None:
-            self._tasks.append(asyncio.create_task(self._faults.watch()))
-        for task in self._tasks:
-            task.add_done_callback(lambda task: self._over.set())
+        self._stepping = asyncio.create_task(self._step_on())
+        self._stepping.add_done_callback(lambda task: self._over.set())
         return EngineInfo(
             engine="scripted",
             engine_version=infermesh.__version__,
@@ -139,13 +134,12 @@ class ScriptedEngine:
 
     async def died(self) -> str:
         await self._over.wait()
-        broken = [str(task.exception()) for task in self._tasks if task.done() and not task.cancelled()]
-        return f"the scripted engine's loop broke: {', '.join(broken)}"
+        return "the scripted engine's loop broke"
 
     async def close(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._stepping is not None:
+            self._stepping.cancel()
+            await asyncio.wait({self._stepping})
 
     async def _step_on(self) -> None:
         """One task steps the batch; a step lasts as long as the model says, whatever computing it cost us."""
@@ -158,8 +152,7 @@ class ScriptedEngine:
                 await self._kick.wait()
                 over = clock()
                 continue
-            seconds = await self._faults.step(step.seconds)
-            over = max(over, clock() - MAX_LAG_S) + seconds
+            over = max(over, clock() - MAX_LAG_S) + step.seconds
             await asyncio.sleep(max(0.0, over - clock()))
             self._batch.finish(step)
 
@@ -205,7 +198,6 @@ class ScriptedEngine:
 
     async def _run(self, answer: Answer, request: lm.ChatRequest | lm.CompleteRequest) -> AsyncIterator[Event]:
         relay = request.relay
-        silent_from = self._faults.enter()
         done = replay(answer, relay.resume.token_ids)
         ready = asyncio.Event()
         job = Job(
@@ -234,8 +226,6 @@ class ScriptedEngine:
             while not answer.over:
                 await ready.wait()
                 ready.clear()
-                if silent_from is not None and job.made >= silent_from:
-                    await self._over.wait()
                 event = answer.event(job.made - told, job.cached)
                 told = job.made
                 yield event
