@@ -10,14 +10,13 @@ import typer
 
 from infermesh.cli import BAD_USAGE, Failure
 from infermesh.cli.connect import Json
-from infermesh.cli.printing import emit_json, remark, table
+from infermesh.cli.printing import emit_json, remark
+from infermesh.cli.sim_report import compare, print_run, recorded_elsewhere
 
 if TYPE_CHECKING:
     from services.gateway.simulator.fleet import Site
     from services.gateway.simulator.sweep import Sweep
     from services.gateway.simulator.trace import Trace
-
-COLUMNS = ("POLICY", "DONE", "SHED", "DEGR", "TTFT", "P50", "P99", "TPOT P50", "P99", "E2E P99", "GOODPUT", "CACHE")
 
 
 def command(
@@ -46,9 +45,13 @@ def command(
 ) -> None:
     """Try routing policies and fleets on a trace, in virtual time: the very router, simulated engines.
 
+    With a trace of `infermesh record`, the first fleet is the one it was recorded on: its simulation is shown against
+    what was measured, and the others as changes to it.
+
     Examples:
         infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy infermesh,cache_aware --rate 0.5
         infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy all --load 0.5,0.9,1.1 --jobs 4 --plot load.svg
+        infermesh sim --trace mine.jsonl --fleet today.yaml,tomorrow.yaml
         infermesh sim --generate rps=4,prompt=3000,prefixes=8 --fleet today.yaml,tomorrow.yaml --json
     """
     from services.gateway.simulator.sweep import Sweep
@@ -62,6 +65,7 @@ def command(
     names = _policies(policy)
     numbers = _numbers("--load" if load else "--rate", load or rate or "1")
     requests = _trace(trace, generate, seed, limit)
+    measured = _measured(requests)
     runs: list[dict[str, Any]] = []
     for file in filter(None, fleet.split(",")):
         site = _site(Path(file))
@@ -77,13 +81,18 @@ def command(
             if capacity:
                 run |= {"load": number, "capacity": capacity}
             runs.append({**run, "policies": {name: found[name, at] for name in names}})
+    if measured is not None:
+        first = runs[0]["fleet"]
+        if others := recorded_elsewhere(runs[0], measured):
+            remark(f"the trace was recorded on {others}, which {first} does not have: put today's fleet first")
+        compare(runs, None if others else measured)
     if plot:
         _write(plot, runs, names, "load (1 = what the best peer sustains)" if load else "rate")
     if json:
         emit_json(runs[0] if len(runs) == 1 else {"trace": requests.name, "seed": seed, "runs": runs})
     else:
         for run in runs:
-            _print(run)
+            print_run(run)
 
 
 def _policies(text: str) -> list[str]:
@@ -116,6 +125,12 @@ def _trace(path: Path | None, spec: str, seed: int, limit: int) -> Trace:
         with _open(path, "--trace") as lines:
             found = parse_trace(lines, str(path))
     return found.first(limit) if limit else found
+
+
+def _measured(trace: Trace) -> dict[str, Any] | None:
+    from services.gateway.simulator.fidelity import measured
+
+    return measured(trace)
 
 
 def _site(path: Path) -> Site:
@@ -228,32 +243,3 @@ def _write(path: Path, runs: Sequence[dict[str, Any]], names: Sequence[str], axi
         path.write_text(picture(title, axis, points), encoding="utf-8")
     except OSError as error:
         raise Failure(f"--plot {path}: {error.strerror}") from None
-
-
-def _print(run: dict[str, Any]) -> None:
-    shown = f", load {run['load']:g} of {run['capacity']:.4g}" if "load" in run else ""
-    print(f"{run['trace']} on {run['fleet']}, rate {run['rate']:.4g}{shown}, seed {run['seed']}")
-    table(COLUMNS, [_cells(name, said) for name, said in run["policies"].items()])
-    for name, said in run["policies"].items():
-        places = [
-            f"{id} {place['requests']} ({place['busy_ratio']:.0%})"
-            for id, place in said["instances"].items()
-            if place["requests"]
-        ]
-        print(f"{name}: requests (busy): {', '.join(places) or 'none'}")
-    print()
-
-
-def _cells(name: str, said: dict[str, Any]) -> tuple[str, ...]:
-    def number(key: str, digits: int, unit: str) -> str:
-        return "-" if said[key] is None else f"{said[key]:.{digits}f} {unit}"
-
-    return (
-        name,
-        *(str(said[key]) for key in ("completed", "shed", "degraded")),
-        *(number(key, 2, "s") for key in ("ttft_mean_s", "ttft_p50_s", "ttft_p99_s")),
-        *(number(key, 0, "ms") for key in ("tpot_p50_ms", "tpot_p99_ms")),
-        number("e2e_p99_s", 1, "s"),
-        f"{said['goodput_share']:.1%}",
-        f"{said['cache_hit_ratio']:.1%}",
-    )

@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "explain": "Show where a request would go, and why.",
     "plan": "Plan what runs on which card, and check it in virtual time.",
     "sim": "Try routing policies and fleets on a trace, in virtual time.",
+    "record": "Write a trace of live traffic, without prompts, for sim.",
     "drain": "Let an instance finish its work and leave.",
     "doctor": "Check this machine and say what to do.",
     "gateway": "Run one gateway.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Mapping, Sequence
 from typing import Any, Self, Unpack, cast
 
 import grpc
@@ -238,6 +238,21 @@ class AsyncClient:
         request = mesh_pb2.DrainInstanceRequest(instance_id=instance_id, grace_ms=grace_ms)
         reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).DrainInstance, request, timeout)
         return int(reply.running)
+
+    async def record(self) -> AsyncGenerator[mesh_pb2.RecordTrafficResponse, None]:
+        """The traffic of one gateway from now on, without prompts (operator's key); something comes at least every
+        second. Closing the iterator ends it."""
+        channel = self._channel(await self._reach())
+        call: Any = MeshServiceStub(channel).RecordTraffic(mesh_pb2.RecordTrafficRequest(), metadata=self._metadata)
+        begun = False
+        try:
+            async for message in call:
+                begun = True
+                yield message
+        except grpc.aio.AioRpcError as error:
+            raise self._error(error, begun=begun) from None
+        finally:
+            call.cancel()
 
     # ---- calls
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, Unpack, cast
 
 import grpc
@@ -235,6 +235,21 @@ class Client:
         request = mesh_pb2.DrainInstanceRequest(instance_id=instance_id, grace_ms=grace_ms)
         reply, _ = self._unary(lambda channel: MeshServiceStub(channel).DrainInstance, request, timeout)
         return int(reply.running)
+
+    def record(self) -> Generator[mesh_pb2.RecordTrafficResponse, None, None]:
+        """The traffic of one gateway from now on, without prompts (operator's key); something comes at least every
+        second. Closing the iterator ends it."""
+        channel = self._channel(self._reach())
+        call = MeshServiceStub(channel).RecordTraffic(mesh_pb2.RecordTrafficRequest(), metadata=self._metadata)
+        begun = False
+        try:
+            for message in call:
+                begun = True
+                yield message
+        except grpc.RpcError as error:
+            raise self._error(error, begun=begun) from None
+        finally:
+            call.cancel()
 
     # ---- calls
 

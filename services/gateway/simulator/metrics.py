@@ -27,24 +27,24 @@ def summary(run: Run, site: Site) -> dict[str, Any]:
         tokens = sum(job.request.prompt for job in here)
         instances[engine.id] = {
             "requests": len(here),
-            "busy_ratio": _round(engine.busy_s / span if span > 0 else 0.0),
-            "cache_hit_ratio": _round(sum(job.cached for job in here) / tokens if tokens else 0.0),
+            "busy_ratio": rounded(engine.busy_s / span if span > 0 else 0.0),
+            "cache_hit_ratio": rounded(sum(job.cached for job in here) / tokens if tokens else 0.0),
         }
     return {
         "requests": len(run.jobs),
         "completed": len(done),
         "shed": sum(1 for job in run.jobs if job.shed),
         "degraded": sum(1 for job in done if job.degraded),
-        "ttft_mean_s": _round(sum(ttft) / len(ttft) if ttft else None),
-        "ttft_p50_s": _round(quantile(ttft, 0.5)),
-        "ttft_p99_s": _round(quantile(ttft, 0.99)),
-        "tpot_p50_ms": _round(quantile(paced, 0.5)),
-        "tpot_p99_ms": _round(quantile(paced, 0.99)),
-        "e2e_p50_s": _round(quantile(e2e, 0.5)),
-        "e2e_p99_s": _round(quantile(e2e, 0.99)),
-        "goodput_rps": _round(good / span if span > 0 else 0.0),
-        "goodput_share": _round(good / len(run.jobs) if run.jobs else 0.0),
-        "cache_hit_ratio": _round(sum(job.cached for job in done) / prompt if prompt else 0.0),
+        "ttft_mean_s": rounded(sum(ttft) / len(ttft) if ttft else None),
+        "ttft_p50_s": rounded(quantile(ttft, 0.5)),
+        "ttft_p99_s": rounded(quantile(ttft, 0.99)),
+        "tpot_p50_ms": rounded(quantile(paced, 0.5)),
+        "tpot_p99_ms": rounded(quantile(paced, 0.99)),
+        "e2e_p50_s": rounded(quantile(e2e, 0.5)),
+        "e2e_p99_s": rounded(quantile(e2e, 0.99)),
+        "goodput_rps": rounded(good / span if span > 0 else 0.0),
+        "goodput_share": rounded(good / len(run.jobs) if run.jobs else 0.0),
+        "cache_hit_ratio": rounded(sum(job.cached for job in done) / prompt if prompt else 0.0),
         "instances": instances,
     }
 
@@ -60,5 +60,6 @@ def quantile(values: Sequence[float], share: float) -> float | None:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def _round(value: float | None) -> float | None:
+def rounded(value: float | None) -> float | None:
+    """To a microsecond, or a millionth: what a run tells has no more."""
     return None if value is None else round(value, 6)

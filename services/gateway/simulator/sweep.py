@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.gateway.routing.admission import Bounds
+from services.gateway.simulator.fidelity import error
 from services.gateway.simulator.fleet import Site
 from services.gateway.simulator.metrics import summary
 from services.gateway.simulator.ours import PATIENT
@@ -34,7 +35,10 @@ class Sweep:
         if found is None:
             trace = self.trace.at_rate(rate)
             run = simulate(trace, self.site, policy(name, self.bounds), self.conditions, self.chance(self.seed))
-            found = self._known[name, rate] = summary(run, self.site)
+            found = summary(run, self.site)
+            if rate == 1 and (apart := error(run)) is not None:  # faster or slower was not measured
+                found["error"] = apart
+            self._known[name, rate] = found
         return found
 
     def mean_ttft(self, name: str, rate: float) -> float:

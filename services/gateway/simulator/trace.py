@@ -2,7 +2,9 @@
 
 A trace is JSONL in Mooncake's form (FAST'25 release): `timestamp` [ms], `input_length` and `output_length` [tokens],
 `hash_ids` of the prompt's blocks of 512 tokens, each id standing for its block and everything before it. Optional keys
-beside them: `kind`, `model`, `tenant`, `class`, `priority`, `max_tokens`, `session_id`, `document_id`, `degrade`.
+beside them: `kind`, `model`, `tenant`, `class`, `priority`, `max_tokens`, `session_id`, `document_id`, `degrade`;
+`block_tokens`, where blocks are of another size. What `infermesh record` measured: `outcome`, `instance`, `ttft_ms`,
+`e2e_ms`, `cached_tokens`. Other keys are left alone.
 """
 
 from __future__ import annotations
@@ -18,6 +20,17 @@ _MASK = (1 << 64) - 1
 
 class TraceError(ValueError):
     """A line that cannot be read, with its number and what is allowed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """How a recorded request went in reality. `outcome` is ok or the word of a reason; seconds, 0 = never came."""
+
+    outcome: str
+    instance: str
+    ttft_s: float
+    e2e_s: float
+    cached: int = 0  # prompt tokens found in the instance's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +51,7 @@ class Request:
     session_id: str = ""
     document_id: str = ""
     degrade: bool | None = None  # None: as the class says
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +94,22 @@ def chain_of(blocks: Iterable[int], tenant: str) -> tuple[int, ...]:
 
 
 def parse_trace(lines: Iterable[str], name: str = "trace", block_tokens: int = BLOCK_TOKENS) -> Trace:
-    """Reads JSONL. Arrivals are moved so that the first is at 0.
+    """Reads JSONL. Arrivals are moved so that the first is at 0. `block_tokens` holds where the lines tell none; where
+    they do, it is their mean: a recorded block is so many bytes, whose tokens differ from text to text.
 
     Raises:
         TraceError: the first line that is wrong, by its number.
     """
     read: list[Request] = []
+    told: list[tuple[float, int]] = []  # tokens of a block, and how many blocks have that size
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            read.append(_request(json.loads(line), len(read)))
+            fields = json.loads(line)
+            read.append(_request(fields, len(read)))
+            if read[-1].chain:
+                told.append((_number(fields, "block_tokens", 1, MAX_TOKENS, block_tokens), len(read[-1].chain)))
         except (KeyError, TypeError, ValueError) as error:
             why = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise TraceError(f"{name}: line {number}: {why}") from None
@@ -99,7 +118,9 @@ def parse_trace(lines: Iterable[str], name: str = "trace", block_tokens: int = B
     read.sort(key=lambda request: (request.arrival, request.index))
     start = read[0].arrival
     ordered = (replace(request, index=i, arrival=request.arrival - start) for i, request in enumerate(read))
-    return Trace(name, tuple(ordered), block_tokens)
+    blocks = sum(count for _, count in told)
+    mean = sum(size * count for size, count in told) / blocks if blocks else block_tokens
+    return Trace(name, tuple(ordered), max(1, round(mean)))
 
 
 def _request(line: dict[str, object], index: int) -> Request:
@@ -127,6 +148,19 @@ def _request(line: dict[str, object], index: int) -> Request:
         session_id=str(line.get("session_id", "")),
         document_id=str(line.get("document_id", "")),
         degrade=_flag(line, "degrade"),
+        measured=_measured(line),
+    )
+
+
+def _measured(line: dict[str, object]) -> Measured | None:
+    if "outcome" not in line:
+        return None
+    return Measured(
+        outcome=str(line["outcome"]),
+        instance=str(line.get("instance", "")),
+        ttft_s=_number(line, "ttft_ms", 0, 1e12, 0) / 1000,
+        e2e_s=_number(line, "e2e_ms", 0, 1e12, 0) / 1000,
+        cached=int(_number(line, "cached_tokens", 0, MAX_TOKENS, 0)),
     )
 
 
