@@ -272,6 +272,9 @@ def from_metadata(id: str, kind: str, host: str, port: int, metadata: Mapping[st
     values.setdefault("model", "")
     for name, build in _PARTS.items():
         values[name] = build(**parts[name])
+    low, high = (parts["capacity"].get(f"context_{end}", 0) for end in ("min", "max"))
+    if high and low >= high:  # type: ignore[operator]  # both are counts
+        return Rejected(id, kind, address, f"metadata context_min: {low} is not below context_max {high}")
     extra = {key: text for key, text in metadata.items() if key not in _FIELDS and key != "contract"}
     return Endpoint(id=id, kind=kind, host=host, port=port, extra=extra, **values)  # type: ignore[arg-type]
 
