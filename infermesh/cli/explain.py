@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as jsonlib
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -56,24 +57,41 @@ def command(
     """
     from infermesh.v1.mesh_pb2 import ExplainRequest
 
-    with connect.client(gateway, api_key_file, timeout) as mesh:
-        if not request_id:
-            model = connect.only_model(mesh, kind, model)
-        request = ExplainRequest(
-            request_id=request_id,
-            kind=kind,
-            model=model,
-            prompt_tokens=prompt_tokens,
-            max_tokens=max_tokens,
-            features=feature or [],
-        )
-        record = jsonlib.loads(mesh.explain(request))
+    if request_id:
+        record = _past(request_id, gateway.split(","), api_key_file, timeout)
+    else:
+        with connect.client(gateway, api_key_file, timeout) as mesh:
+            request = ExplainRequest(
+                kind=kind,
+                model=connect.only_model(mesh, kind, model),
+                prompt_tokens=prompt_tokens,
+                max_tokens=max_tokens,
+                features=feature or [],
+            )
+            record = jsonlib.loads(mesh.explain(request))
     if json:
         emit_json(record)
     elif request_id:
         _print_past(record)
     else:
         _print(record)
+
+
+def _past(request_id: str, gateways: Sequence[str], api_key_file: Path | None, timeout: float) -> Any:
+    """What one of the gateways remembers; each of them is asked, since they share nothing."""
+    from infermesh.errors import MeshError, Reason
+    from infermesh.v1.mesh_pb2 import ExplainRequest
+
+    failed: MeshError | None = None
+    for address in gateways:
+        with connect.client(address, api_key_file, timeout) as mesh:
+            try:
+                return jsonlib.loads(mesh.explain(ExplainRequest(request_id=request_id)))
+            except MeshError as error:
+                if failed is None or failed.reason is Reason.NOT_FOUND:  # one that could not answer is worth telling
+                    failed = error
+    assert failed is not None
+    raise failed
 
 
 def _print_past(found: Mapping[str, Any]) -> None:

@@ -64,6 +64,12 @@ def test_a_past_request_is_explained_with_every_attempt_and_after_a_restart(tmp_
                 cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30, check=False,
             )  # fmt: skip
             assert done.returncode == 1 and "ask the one that served it with --gateway" in done.stderr, done.stderr
+        # Gateways share nothing, but all that are named are asked.
+        other = ("--grpc", "127.0.0.1:0", "--http", "", "--explain-dir", str(tmp_path / "past"), "--id", "gw2")
+        second = children.start("gateway", *other, *shared, name="gw2")
+        for order in ((second, gateway), (gateway, second)):
+            at = ("--gateway", ",".join(one.address for one in order), "--api-key-file", str(secrets["root"]))
+            assert json.loads(ask("explain", "--request-id", "ask-1", "--json", *at)) == found
         files = list((tmp_path / "past").rglob("*.jsonl"))
         assert files and not any(b"word-nobody-may-see" in path.read_bytes() for path in files)
 
