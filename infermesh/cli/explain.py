@@ -25,9 +25,12 @@ REASONS = {
 REJECTIONS = {
     "excluded": "an attempt there failed already",
     "draining": "is leaving",
+    "banned": "an operator took it out",
     "lost": "cannot be reached",
     "starting": "is not ready yet",
     "suspect": "is in doubt, and others are healthy",
+    "ejected": "answers, but does not do its work",
+    "unlike": "could not go on with what another one began",
     "context_over": "prompt and answer are longer than it takes",
     "context_under": "prompt and answer are shorter than it is meant for",
     "no_room": "its KV cache is too small for prompt and answer",
