@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +71,7 @@ def command(
     for file in filter(None, fleet.split(",")):
         site = _site(Path(file))
         _tell_floor(requests, site)
+        _tell_unserved(file, requests, site)
         sweep = Sweep(requests, site, _conditions(gateways), _random, seed, _bounds(max_wait_s))
         capacity = _capacity(sweep) if load else None
         rates = [number * capacity if capacity else number for number in numbers]
@@ -156,6 +158,13 @@ def _tell_floor(trace: Trace, site: Site) -> None:
     floor = mean_ttft_floor_s(trace, site)
     if floor is not None:
         remark(f"no policy can have a mean TTFT below {floor:.3g} s here: that is with no queue and an endless cache")
+
+
+def _tell_unserved(file: str, trace: Trace, site: Site) -> None:
+    served = {*site.aliases, *(name for one in site.endpoints for name in (one.model, *one.aliases))}
+    unserved = Counter(request.model for request in trace.requests if request.model and request.model not in served)
+    for model, count in sorted(unserved.items()):
+        remark(f"{file}: nobody serves {model!r}; its {count} requests count as shed")
 
 
 def _open(path: Path, option: str) -> Any:

@@ -70,6 +70,9 @@ def test_a_past_request_is_explained_with_every_attempt_and_after_a_restart(tmp_
         for order in ((second, gateway), (gateway, second)):
             at = ("--gateway", ",".join(one.address for one in order), "--api-key-file", str(secrets["root"]))
             assert json.loads(ask("explain", "--request-id", "ask-1", "--json", *at)) == found
+        at = ("--gateway", gateway.address, "--api-key-file", str(secrets["alice"]))
+        ask("record", "-o", str(tmp_path / "trace.jsonl"), *at, code=1)
+        assert not (tmp_path / "trace.jsonl").exists(), "traffic is the operator's to record"
         files = list((tmp_path / "past").rglob("*.jsonl"))
         assert files and not any(b"word-nobody-may-see" in path.read_bytes() for path in files)
 

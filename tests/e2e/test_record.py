@@ -92,6 +92,16 @@ def test_a_recording_ended_by_hand_is_whole_and_sim_tells_how_near_it_is(tmp_pat
         )  # fmt: skip
         assert refused.returncode == 2 and "is there already" in refused.stderr
 
+        # A gateway that dies in the middle leaves what came until then.
+        cut = recorder(tmp_path, gateway.address, "cut.jsonl")
+        wait_for(lambda: "recording" in (tmp_path / "cut.jsonl.err").read_text())
+        with Client(gateway.address, timeout=60) as mesh:
+            mesh.chat("hello", model="m", max_tokens=2)
+        wait_for(lambda: (tmp_path / "cut.jsonl").read_text().endswith("\n"))
+        gateway.kill()
+        assert cut.communicate(timeout=30)[0] == "" and cut.returncode == 1
+        assert json.loads((tmp_path / "cut.jsonl").read_text())["outcome"] == "ok"
+
     today, tomorrow = tmp_path / "today.yaml", tmp_path / "tomorrow.yaml"
     today.write_text(FLEET)
     tomorrow.write_text(FLEET.replace("prefill_tps: 4000", "prefill_tps: 400"))
@@ -103,10 +113,35 @@ def test_a_recording_ended_by_hand_is_whole_and_sim_tells_how_near_it_is(tmp_pat
     assert error["requests"] == 24 and -0.9 < error["ttft_p50_s"] < 1.0, error  # a loaded machine measures long times
     change = second["policies"]["infermesh"]["change"]
     assert change["ttft_mean_s"] >= 0 and "error" not in second["policies"]["infermesh"]
-    shown = ask("sim", "--trace", str(tmp_path / "hand.jsonl"), "--fleet", both)
+    both = f"{both},{foreign(tmp_path)}"
+    shown, remarks = sim("--trace", str(tmp_path / "hand.jsonl"), "--fleet", both)
+    assert "nobody serves 'm'; its 24 requests count as shed" in remarks
     for part in ("\nmeasured ", "ERROR TTFT", "CHANGE TTFT", "A change smaller than the error means nothing"):
         assert part in shown, shown
     print(shown)
+    _, remarks = sim("--trace", str(tmp_path / "hand.jsonl"), "--fleet", str(foreign(tmp_path)))
+    assert "the trace was recorded on a, b, which" in remarks and "put today's fleet first" in remarks
+
+
+def foreign(folder: Path) -> Path:
+    """A fleet that has nothing of the recording's."""
+    path = folder / "foreign.yaml"
+    path.write_text(
+        FLEET.replace("id: m", "id: n")
+        .replace("model: m", "model: n")
+        .replace("id: a", "id: x")
+        .replace("id: b", "id: y")
+    )
+    return path
+
+
+def sim(*words: str) -> tuple[str, str]:
+    command = infermesh("sim", *words)
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout, done.stderr
 
 
 def test_what_cannot_be_recorded_leaves_no_file(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from services.gateway.routing.decision import TERMS, Candidate, Record
 
 FLUSH_S = 0.25
 BATCH = 32  # reports that a thread encodes in one go: some ms
-PENDING = 8192  # reports; more wait only when the disk stands still
+PENDING = 4096  # reports; more wait only when the disk stands still
+WARN_S = 60.0  # between two warnings
 SHOWN = 64  # candidates kept of a past decision: the cheapest, and the chosen one
 REQUEST = (
     *("request_id", "method", "tenant", "model", "outcome", "instance", "served_model", "attempts"),
@@ -91,6 +92,7 @@ class Decisions:
         self._ring = ring
         self._pending: list[tuple[float, Report]] = []
         self._dropped = 0
+        self._warned = float("-inf")
         self._writing = asyncio.Lock()
 
     def keep(self, report: Report) -> None:
@@ -113,11 +115,16 @@ class Decisions:
                     await asyncio.to_thread(self._write, batch)
                 except OSError as error:
                     self._dropped += len(batch)
-                    log.warning("decisions cannot be kept", error=str(error), lost=self._dropped)
+                    self._warn(str(error))
                     return
             if self._dropped:
-                log.warning("decisions were not kept: the disk is too slow", lost=self._dropped)
-                self._dropped = 0
+                self._warn("the disk is too slow")
+
+    def _warn(self, why: str) -> None:
+        now = time.monotonic()
+        if now - self._warned >= WARN_S:
+            log.warning("decisions of past requests are lost", why=why, lost=self._dropped)
+            self._dropped, self._warned = 0, now
 
     async def find(self, request_id: str, may: Callable[[str], bool]) -> dict[str, Any] | None:
         """The newest request of that id, of a tenant that `may` be shown."""
