@@ -125,6 +125,9 @@ def _instance_faults(at: str, fleet: Fleet, instance: Instance, node: Node | Non
         yield Fault(f"{at}.cards", "names a card twice")
     if node and node.count and any(card >= node.count for card in instance.cards):
         yield Fault(f"{at}.cards", f"node {node.name} has cards 0 .. {node.count - 1}")
+    if node and node.count and (instance.tp or 0) > node.count:
+        why = "TP stays inside a host; across hosts use pp"
+        yield Fault(f"{at}.tp", f"{instance.tp} cards, node {node.name} has {node.count}: {why}")
     if (
         engine == "vllm"
         and instance.cards

@@ -76,6 +76,11 @@ def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
         where = f"models[{fleet.models.index(model)}]"
         if engine in ("vllm", "sentence-transformers") and not model.source:
             yield Fault(f"{where}.source", f"engine {engine} of {instance.id} needs a hub name or a local folder")
+        node = next((node for node in fleet.nodes if node.name == instance.node), None)
+        if node and node.count and (instance.tp or 1) * instance.pp > node.count:
+            yield Fault(
+                f"{at}.pp", f"spans hosts ({node.name} has {node.count} cards), which needs Ray: not served yet"
+            )
         if engine == "vllm" and model.dtype in ("int8", "int4") and not instance.quantization:
             yield Fault(f"{at}.quantization", f"dtype {model.dtype} needs it: awq, gptq … as the weights are")
         if engine == "sentence-transformers":

@@ -50,5 +50,7 @@ def architecture_of_shape(shape: Shape) -> Architecture:
 
 
 def dtype_of(model: Model, shape: Shape) -> str:
-    """What the weights are: the file's word, else the model's own."""
-    return shape.dtype if model.dtype == "auto" else model.dtype
+    """What the weights are loaded as: the file's word, else the model's own. vLLM's `auto` halves fp32 models."""
+    if model.dtype != "auto":
+        return model.dtype
+    return "bf16" if model.kind == "llm" and shape.dtype == "fp32" else shape.dtype

@@ -36,10 +36,7 @@ def place_encoders(
         return []
     share = wanted.encoder_rps * wanted.encoder_tokens / len(models)
     idle = [host for host in found.hosts if host.free and ENGINE in host.card.generation.engines]
-    # The primary models have taken what they can use. Of the rest, a CPU comes last.
-    idle.sort(
-        key=lambda host: (host.card.cpu, host.card.name in reserved, -host.card.rate(encoder_dtype(host.card))[1])
-    )
+    idle.sort(key=lambda host: _preference(host.card, reserved))
     homeless = []
     for index, (model, shape) in enumerate(models):
         left = len(models) - index

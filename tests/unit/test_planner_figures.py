@@ -214,3 +214,30 @@ def test_rates_follow_the_generation() -> None:
 def test_what_a_cpu_host_should_have(parameters: float, kind: str, expected: tuple[str, int, int]) -> None:
     shape = Shape(parameters, 24, 1024, 16, 16, 64, 8192, SEED_000)
     assert cpu_request(shape, kind) == expected
+
+
+QWEN3_235B = Shape(235e9, 94, 4096, 64, 4, 128, 40960, "Qwen3-235B-A22B-FP8", 12288, 151936)
+LLAMA_31_8B = Shape(8.03e9, 32, 4096, 32, 8, 128, 131072, "Llama-3.1-8B", 14336, 128256)
+LLAMA2_7B = Shape(6.74e9, 32, 4096, 32, 32, 128, 4096, "Llama-2-7B", 11008, 32000)
+
+
+@pytest.mark.parametrize(
+    ("shape", "setup", "gib", "tokens"),
+    [
+        # vllm-project/vllm#21348: 4 × H100, "Available KV cache memory: 8.11 GiB", "GPU KV cache size: 178,880 tokens"
+        (QWEN3_235B, Setup("fp8", 4096, tp=4), 8.11, 178_880),
+        # vllm-project/vllm#10517: RTX 3090, "kv_cache_size=3.81GiB", "GPU blocks: 1952" (16 tokens each)
+        (LLAMA_31_8B, Setup("bf16", 20000), 3.81, 1952 * 16),
+    ],
+)
+def test_tokens_in_a_cache_of_published_size(shape: Shape, setup: Setup, gib: float, tokens: int) -> None:
+    assert gib * GIB / kv_per_token(shape, setup).value == pytest.approx(tokens, rel=0.05)
+
+
+def test_weights_and_room_of_published_logs() -> None:
+    """vllm-project/vllm#10517: "Loading model weights took 14.9888 GB". PR 2031: Llama-2-7B on one A100-80GB, 7,351
+    blocks of 16 tokens. The same PR's 70B on four cards (20,865 blocks) is not matched: in that release of 2023 some
+    13 GiB a card lay beside weights and cache."""
+    assert weights(LLAMA_31_8B, "bf16").value / GIB == pytest.approx(14.9888, rel=0.005)
+    sums = memory(LLAMA2_7B, Setup("fp16", 4096), CARDS["A100-80G"])
+    assert sums.kv_tokens.value == pytest.approx(7351 * 16, rel=0.05)
