@@ -6,12 +6,14 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from deploy.fleet import Fault, Fleet, Instance, Model
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # ours -> vLLM's
 # Of our own variables a child inherits only these: an INFERMESH_LISTEN meant for one must not reach all of them.
 INHERITED = ("INFERMESH_OFFLINE", "INFERMESH_DEBUG", "INFERMESH_ACCELERATOR")
+NO_SPEED: Mapping[str, float] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +120,16 @@ def _routing(fleet: Fleet) -> Iterator[str]:
             yield from (f"--objective-{option}", repr(value))
 
 
-def instance_command(fleet: Fleet, instance: Instance, host: Host, shared: Shared, ready_file: Path) -> Command:
-    """One instance's command.
+def instance_command(
+    fleet: Fleet,
+    instance: Instance,
+    host: Host,
+    shared: Shared,
+    ready_file: Path,
+    reckoned: Mapping[str, float] = NO_SPEED,
+) -> Command:
+    """One instance's command. `reckoned`: the planner's speed, for an LLM of which the file gives none; embedding and
+    rerank services measure themselves at start.
 
     Raises:
         ValueError: its interpreter is not there.
@@ -143,7 +153,10 @@ def instance_command(fleet: Fleet, instance: Instance, host: Host, shared: Share
         "max-running": instance.max_running,
         "alias": model.aliases,
     }
-    for key, value in (instance.speed.model_dump() if instance.speed else {}).items():
+    speed = instance.speed.model_dump() if instance.speed else {}
+    if not instance.speed and reckoned and model.kind == "llm":
+        speed, options["speed-source"] = dict(reckoned), "catalogue"
+    for key, value in speed.items():
         options[key.replace("_", "-")] = value
     if model.kind == "llm":
         options |= _llm(model, instance, engine, host, ready_file, files)

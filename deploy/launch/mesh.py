@@ -27,6 +27,9 @@ from deploy.launch.host import bind_fault
 from deploy.launch.screen import Screen
 from deploy.launch.supervise import Policy, State
 from deploy.launch.supervisor import LOOK_S, Program, Running, Supervisor
+from deploy.model_files import read_models
+from deploy.planner.catalogue import shipped
+from deploy.planner.estimate import estimates
 
 GATEWAY = "gateway"
 DEFAULT_GRPC = "127.0.0.1:50050"  # where client verbs look
@@ -115,8 +118,10 @@ def _programs(fleet: Fleet, instances: Sequence[Instance], host: Host, shared: S
 
     gateway = gateway_command(fleet, host, shared, grpc=where.grpc, http=where.http, ready_file=ready(GATEWAY))
     commands = [(GATEWAY, GATEWAY, gateway)]
+    reckoned = estimates(fleet, read_models(fleet, Path()).shapes, shipped())
     for item in instances:
-        made = instance_command(fleet, item, host, shared, ready(item.id))
+        speed = reckoned[item.id].speed_values() if item.id in reckoned else {}
+        made = instance_command(fleet, item, host, shared, ready(item.id), speed)
         commands.append((item.id, fleet.model(item.model).kind, made))
     return [_program(id, kind, made, ready(id)) for id, kind, made in commands]
 

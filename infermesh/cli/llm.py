@@ -52,6 +52,9 @@ def command(
     kv_us_per_ktoken: Annotated[
         float | None, typer.Option(help="Microseconds a step for each 1,000 resident tokens.")
     ] = None,
+    speed_source: Annotated[
+        str | None, typer.Option(help="Whose numbers these are: declared (yours) or catalogue (the planner's).")
+    ] = None,
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key, to register with.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,

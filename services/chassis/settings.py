@@ -45,6 +45,7 @@ class InstanceSettings(RegistrySettings):
     max_running: int | None = Field(default=None, ge=1, le=1 << 20)
     kv_tokens: int | None = Field(default=None, ge=0)
     speed: SpeedSettings = SpeedSettings()
+    speed_source: Literal["declared", "catalogue"] = "declared"  # whose numbers `speed` holds
     grace_s: float = Field(default=30.0, ge=0, le=3600)
     ready_file: Path | None = None
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -76,7 +77,7 @@ class InstanceSettings(RegistrySettings):
             incarnation=incarnation,
             aliases=self.aliases,
             hardware=Hardware(device=self.device or "cpu"),
-            speed=Speed(**speed, source="declared") if speed else Speed(),
+            speed=Speed(**speed, source=self.speed_source) if speed else Speed(),
             capacity=Capacity(
                 context_min=low, context_max=high, max_running=self.max_running or 0, kv_tokens=self.kv_tokens or 0
             ),

@@ -275,6 +275,17 @@ def test_cards_are_what_the_engine_sees() -> None:
     assert "CUDA_VISIBLE_DEVICES" not in encoder.env and encoder.argv[0] == "/main/python"
 
 
+def test_the_planners_speed_is_given_where_the_file_has_none() -> None:
+    fleet = fleet_of(
+        models=[MODEL], instances=[{"id": "i", "model": "m"}, {"id": "j", "model": "m", "speed": {"step_ms": 9}}]
+    )
+    speed = {"prefill_tps": 3880.0, "step_ms": 28.5}
+    made = [instance_command(fleet, item, HOST, SHARED, Path("run/i.json"), speed) for item in fleet.instances]
+    first, second = (options(one.argv) for one in made)
+    assert first["--prefill-tps"] == "3880.0" and first["--speed-source"] == "catalogue"
+    assert second["--step-ms"] == "9.0" and "--speed-source" not in second and "--prefill-tps" not in second
+
+
 def test_an_interpreter_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match="i: vLLM is not installed; run `make setup`"):
         command_of({}, host=Host("/main/python", "", 0, {}))
