@@ -15,6 +15,7 @@ from deploy.planner.memory import Setup, kv_per_token, weights
 from deploy.planner.shape import Shape
 from deploy.planner.traced import Traced, given, number
 
+ASSUMED = "assumed for {}; `calibrate` measures"
 NVLINK_REACHED = 0.8
 PIPELINE = 0.75  # of the stages' joint rate that a pipeline reaches with chunked prompts
 HOP_MS = {"": 0.1, "rdma": 0.1, "ethernet": 0.5}  # from stage to stage: inside a host, between hosts
@@ -50,7 +51,7 @@ def llm_speed(shape: Shape, setup: Setup, card: Card, *, nvlink: bool, network: 
     active = given("active parameters", shape.active, "", shape.source)
     work = (active * 2.0).named("FLOP a token")
     peak = given(f"{multiplied} rate", rate * 1e12, "FLOP/s", source)
-    share = given("prefill efficiency", reached.prefill, "", f"{card.generation.name}: {card.generation.source}")
+    share = given("prefill efficiency", reached.prefill, "", ASSUMED.format(card.generation.name))
     token = (work / (peak * share * float(setup.tp))).named("multiplying a token", "s")
     layers = given("layers", shape.layers, "", shape.source)
     hidden = given("hidden size", shape.hidden, "", shape.source)
@@ -81,7 +82,7 @@ def _bandwidth(card: Card) -> Traced:
 
 def _step(shape: Shape, setup: Setup, card: Card, nvlink: bool, network: str) -> Traced:
     """One decode step without resident tokens: every stage reads its weights in turn."""
-    share = given("decode efficiency", card.generation.efficiency.decode, "", card.generation.source)
+    share = given("decode efficiency", card.generation.efficiency.decode, "", ASSUMED.format(card.generation.name))
     step = weights(shape, setup.dtype) / float(setup.tp) / (_bandwidth(card) * share) * 1000.0
     if setup.tp > 1:
         fast = nvlink and card.nvlink_gbs > 0
@@ -95,7 +96,7 @@ def _step(shape: Shape, setup: Setup, card: Card, nvlink: bool, network: str) ->
 
 
 def _resident(shape: Shape, setup: Setup, card: Card) -> Traced:
-    share = given("KV efficiency", card.generation.efficiency.kv, "", card.generation.source)
+    share = given("KV efficiency", card.generation.efficiency.kv, "", ASSUMED.format(card.generation.name))
     read = kv_per_token(shape, setup) * 1000.0 * float(setup.pp) / (_bandwidth(card) * share) * 1e6
     return read.named("kv_us_per_ktoken", "µs")
 
@@ -104,7 +105,7 @@ def encoder_speed(shape: Shape, dtype: str, card: Card, processes: int = 1) -> E
     """An embedding or rerank instance of `processes` cards. Looking words up costs no multiplication."""
     multiplied, rate = card.rate(dtype)
     peak = given(f"{multiplied} rate", rate * 1e12, "FLOP/s", f"{card.name}: {card.sources.get('tflops', 'catalogue')}")
-    share = given("encoder efficiency", card.generation.efficiency.encoder, "", card.generation.source)
+    share = given("encoder efficiency", card.generation.efficiency.encoder, "", ASSUMED.format(card.generation.name))
     body = given("parameters", shape.active, "", shape.source)
     if shape.vocabulary:
         body = (body - given("embedding table", shape.vocabulary * shape.hidden, "", shape.source)).named("multiplied")
