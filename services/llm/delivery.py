@@ -70,7 +70,7 @@ def _append(into: lm.Delta, delta: lm.Delta) -> None:
 
 
 def _append_call(into: lm.Delta, call: lm.ToolCallDelta) -> None:
-    for known in into.tool_calls:
+    for known in reversed(into.tool_calls):  # an event may hold several parts of one call
         if known.index == call.index:
             known.id = known.id or call.id
             known.name = known.name or call.name

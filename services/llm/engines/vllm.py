@@ -12,9 +12,10 @@ import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from infermesh.errors import MeshError, Reason, invalid, unsupported
+from infermesh.errors import MeshError, Reason, invalid
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.worker_pb2 import Load
 from services.chassis.held_prefixes import HeldPrefixes
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from services.llm.engines.vllm_render import Prompt
 
 STILL_LOADING_S = 10.0  # between two lines for an operator who waits
+BREATH = 32  # replayed tokens between two breaths of the event loop
 CHECK_S = 0.25  # how often a live engine process is asked whether its engine lives
 
 
@@ -75,14 +77,12 @@ class VllmEngine:
 
     async def chat(self, request: lm.ChatRequest) -> AsyncGenerator[Event]:
         """See the port."""
-        _refuse_resume(request)
         async with aclosing(self._chat(request)) as events:
             async for event in self._translated(events, request):
                 yield event
 
     async def complete(self, request: lm.CompleteRequest) -> AsyncGenerator[Event]:
         """See the port. With `echo`, prompt_logprobs default to `logprobs`, as OpenAI's completions have it."""
-        _refuse_resume(request)
         async with aclosing(self._complete(request)) as events:
             async for event in self._translated(events, request):
                 yield event
@@ -95,6 +95,7 @@ class VllmEngine:
             self._generate(
                 prompt,
                 request.sampling,
+                list(request.relay.resume.token_ids),
                 parallel_tools=choice.parallel if choice.HasField("parallel") else True,
                 forced_function=choice.mode == lm.ToolChoice.MODE_FUNCTION,
             )
@@ -108,7 +109,9 @@ class VllmEngine:
         if request.echo and request.WhichOneof("prompt") == "token_ids":
             self._budget(len(prompt.ids), request.sampling)  # before a text of a million tokens is made
             prompt.text = await self._text(prompt.ids)
-        async with aclosing(self._generate(prompt, request.sampling, echo=request.echo)) as events:
+        async with aclosing(
+            self._generate(prompt, request.sampling, list(request.relay.resume.token_ids), echo=request.echo)
+        ) as events:
             async for event in events:
                 yield event
 
@@ -116,42 +119,63 @@ class VllmEngine:
         self,
         prompt: Prompt,
         sampling: lm.Sampling,
+        done: list[int],
         *,
         echo: bool = False,
         parallel_tools: bool = True,
         forced_function: bool = False,
     ) -> AsyncGenerator[Event]:
+        """`done`: what another instance has delivered of it, which is replayed before the engine goes on."""
         from services.llm.engines.vllm_output import Answer
         from services.llm.engines.vllm_params import sampling_params
+        from services.llm.engines.vllm_replay import Voice, remaining
 
         prompt_top = sampling.prompt_logprobs if sampling.HasField("prompt_logprobs") else None
         if echo and prompt_top is None and sampling.HasField("logprobs"):
             prompt_top = sampling.logprobs
-        params = sampling_params(
-            sampling,
-            self._defaults,
-            self._budget(len(prompt.ids), sampling),
+        if done:
+            prompt_top = None  # they went out with the first message
+            self._check_ids("relay.resume.token_ids", done)
+        budget = self._budget(len(prompt.ids), sampling)
+        params = partial(
+            sampling_params,
+            defaults=self._defaults,
             structured=prompt.structured,
             keep_special_tokens=prompt.keep_special_tokens,
             prompt_logprobs=prompt_top,
-            more_stops=prompt.stops,
         )
+        whole = params(sampling, max_tokens=budget, more_stops=prompt.stops)
+        alone = whole.n == 1 and (done or prompt.make_parser is not None)
         answer = Answer(
             prompt,
             self._text_tokenizer,
-            choices=params.n,
+            choices=whole.n,
             top=sampling.logprobs if sampling.HasField("logprobs") else None,
             prompt_top=prompt_top,
             echo=prompt.text if echo else "",
             parallel_tools=parallel_tools,
             forced_function=forced_function,
+            voice=Voice(self._ready.engine.renderer.get_tokenizer(), whole, prompt.ids) if alone else None,
         )
-        outputs = self._ready.engine.generate(prompt.engine_input, params, secrets.token_hex(12), **prompt.reasoning)
+        engine_input, reasoning = prompt.engine_input, prompt.reasoning
+        if done:
+            rest, left = remaining(sampling, len(done), budget)
+            for at in range(0, len(done), BREATH):
+                answer.replay(done[at : at + BREATH])
+                await asyncio.sleep(0)
+            if answer.over or not left:
+                yield answer.rest()
+                return
+            whole = params(rest, max_tokens=left)
+            engine_input, reasoning = prompt.after(done)
+        outputs = self._ready.engine.generate(engine_input, whole, secrets.token_hex(12), **reasoning)
         async with aclosing(outputs):
             async for output in outputs:
                 event = answer.event(output)
                 if event is not None:
                     yield event
+                    if event.usage is not None:
+                        return  # the engine may not know: a stop string that spans the seam
 
     def _budget(self, prompt_tokens: int, sampling: lm.Sampling) -> int:
         """Tokens the answer may have: what was asked, else the model's own default, else what fits."""
@@ -190,10 +214,13 @@ class VllmEngine:
 
     async def detokenize(self, request: lm.DetokenizeRequest) -> lm.DetokenizeResponse:
         ids = list(request.token_ids)
+        self._check_ids("token_ids", ids)
+        return lm.DetokenizeResponse(text=await self._text(ids))
+
+    def _check_ids(self, param: str, ids: list[int]) -> None:
         vocabulary = self._ready.engine.model_config.get_vocab_size()
         if ids and max(ids) >= vocabulary:
-            raise invalid("token_ids", f"{max(ids)} is not among the model's {vocabulary} tokens")
-        return lm.DetokenizeResponse(text=await self._text(ids))
+            raise invalid(param, f"{max(ids)} is not among the model's {vocabulary} tokens")
 
     async def _text(self, ids: list[int]) -> str:
         """Beside the loop, and with our own tokenizer."""
@@ -284,8 +311,3 @@ class VllmEngine:
 
 def _ending(exitcode: int) -> str:
     return f"signal {-exitcode}" if exitcode < 0 else f"code {exitcode}"
-
-
-def _refuse_resume(request: lm.ChatRequest | lm.CompleteRequest) -> None:
-    if request.relay.HasField("resume"):
-        raise unsupported("relay.resume", "this engine does not continue the streams of others yet")

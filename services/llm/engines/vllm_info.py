@@ -19,7 +19,7 @@ from services.llm.settings import LlmSettings, VllmOptions
 
 SERVED = frozenset(
     {"token_ids", "logprobs", "prompt_logprobs", "n", "json_schema", "json_object", "regex", "grammar", "choice"}
-    | {"structural_tag"}
+    | {"structural_tag", "resume"}
 )
 
 

@@ -11,6 +11,7 @@ from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Usage
 from services.llm.engine import Event, PromptFacts
 from services.llm.engines.vllm_render import Prompt
+from services.llm.engines.vllm_replay import Voice, mend
 
 _FINISH = {"stop": lm.FINISH_STOP, "length": lm.FINISH_LENGTH, "abort": lm.FINISH_ABORT}
 _HEX_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
@@ -30,8 +31,11 @@ class Answer:
         echo: str = "",
         parallel_tools: bool = True,
         forced_function: bool = False,
+        voice: Voice | None = None,
     ) -> None:
-        """`top`, `prompt_top`: alternatives a token, None = no logprobs; `forced_function`: the tool call was named by
+        """`voice`: what the one choice's text is taken from instead of the outputs; a replay needs it, and so do
+        parsers, whose state must not depend on how many tokens an output holds.
+        `top`, `prompt_top`: alternatives a token, None = no logprobs; `forced_function`: the tool call was named by
         the caller, which by OpenAI's rules ends with `stop`."""
         self._prompt = prompt
         self._tokenizer = tokenizer
@@ -49,6 +53,36 @@ class Answer:
         self._completion_tokens = 0
         self._cached: int | None = None
         self._first = True
+        self._voice = voice
+        self._replayed: Sequence[int] = ()
+        self._ending: lm.Delta | None = None  # what ended it, where that was in the replay
+
+    def replay(self, token_ids: Sequence[int]) -> None:
+        """Says what another instance has delivered, with output off; more of it may follow."""
+        assert self._voice is not None
+        if self._ending is not None:
+            return
+        unheard = lm.Delta()
+        for spoken in self._voice.say(token_ids):
+            self._speak(unheard, 0, spoken)
+        self._replayed = token_ids
+        self._echo = [""]
+        if unheard.finish:
+            self._ending = lm.Delta(finish=unheard.finish)
+            if unheard.WhichOneof("stop") is not None:
+                self._ending.stop_text = unheard.stop_text
+
+    @property
+    def over(self) -> bool:
+        return self._ending is not None
+
+    def rest(self) -> Event:
+        """The end of an answer of which nothing is left to be computed."""
+        delta = self._ending or lm.Delta()
+        if self._ending is None and self._voice is not None:
+            for spoken in self._voice.say((), "length"):
+                self._speak(delta, 0, spoken)
+        return Event([delta], self._prompt_facts(), self._usage())
 
     def event(self, output: Any) -> Event | None:
         """What one output tells; None while it tells nothing (a prompt still being computed)."""
@@ -60,20 +94,29 @@ class Answer:
         event = Event(deltas)
         if self._first:
             self._first = False
-            event.prompt = PromptFacts(
-                len(self._prompt.ids), self._cached or 0, tuple(self._prompt_logprobs(output.prompt_logprobs))
-            )
-        if output.finished:
-            event.usage = Usage(
-                prompt_tokens=len(self._prompt.ids),
-                completion_tokens=self._completion_tokens,
-                cached_tokens=self._cached or 0,
-                reasoning_tokens=sum(
-                    parser.count_reasoning_tokens(tuple(ids))
-                    for parser, ids in zip(self._parsers, self._ids, strict=False)
-                ),
-            )
+            event.prompt = self._prompt_facts(output.prompt_logprobs)
+        if output.finished or (self._voice is not None and deltas[0].finish):
+            event.usage = self._usage()
         return event
+
+    def _prompt_facts(self, logprobs: Sequence[Mapping[int, Any] | None] | None = None) -> PromptFacts:
+        return PromptFacts(len(self._prompt.ids), self._cached_tokens, tuple(self._prompt_logprobs(logprobs)))
+
+    def _usage(self) -> Usage:
+        """Of the whole answer, what was replayed among it."""
+        return Usage(
+            prompt_tokens=len(self._prompt.ids),
+            completion_tokens=self._completion_tokens,
+            cached_tokens=self._cached_tokens,
+            reasoning_tokens=sum(
+                parser.count_reasoning_tokens(tuple(ids)) for parser, ids in zip(self._parsers, self._ids, strict=False)
+            ),
+        )
+
+    @property
+    def _cached_tokens(self) -> int:
+        """Of the prompt; the engine may have found delivered tokens, too."""
+        return min(self._cached or 0, len(self._prompt.ids))
 
     def _delta(self, choice: Any) -> lm.Delta | None:
         if choice.finish_reason == "error":
@@ -81,39 +124,51 @@ class Answer:
         index, ids = choice.index, list(choice.token_ids)
         if not ids and not choice.text and choice.finish_reason is None:
             return None
-        self._completion_tokens += len(ids)
-        delta = lm.Delta(choice=index, token_ids=ids)
-        self._text(delta, choice)
+        delta = lm.Delta(choice=index)
+        if self._voice is None:
+            self._speak(delta, index, choice)
+        else:
+            for spoken in self._voice.say(ids, choice.finish_reason, choice.stop_reason):
+                self._speak(delta, index, spoken)
+        if self._top is not None and choice.logprobs:
+            if self._replayed:
+                mend(choice.logprobs, self._replayed, self._tokenizer)
+                self._replayed = ()
+            for token, candidates in zip(delta.token_ids, choice.logprobs, strict=False):
+                delta.logprobs.append(self._logprob(token, candidates, self._top))
+        return delta
+
+    def _speak(self, delta: lm.Delta, index: int, spoken: Any) -> None:
+        """Adds an output of the engine, or one token of it, to what is sent."""
+        delta.token_ids.extend(spoken.token_ids)
+        self._completion_tokens += len(spoken.token_ids)
+        self._text(delta, index, spoken)
         if self._echo[index]:
             delta.content = self._echo[index] + delta.content
             self._echo[index] = ""
-        if self._top is not None and choice.logprobs:
-            for token, candidates in zip(ids, choice.logprobs, strict=False):
-                delta.logprobs.append(self._logprob(token, candidates, self._top))
-        if choice.finish_reason is not None:
-            self._finish(delta, choice)
-        return delta
+        if spoken.finish_reason is not None:
+            self._finish(delta, index, spoken)
 
-    def _text(self, delta: lm.Delta, choice: Any) -> None:
-        index, text = choice.index, choice.text
+    def _text(self, delta: lm.Delta, index: int, spoken: Any) -> None:
+        text = spoken.text
         if self._strip[index] and text:
             self._strip[index] = False
             text = text.removeprefix(" ")
         if not self._parsers:
-            delta.content = text
+            delta.content += text
             return
-        self._ids[index].extend(delta.token_ids)
+        self._ids[index].extend(spoken.token_ids)
         parsed = self._parsers[index].parse_delta(
             text,
-            list(delta.token_ids),
+            list(spoken.token_ids),
             self._prompt.request,
             prompt_token_ids=self._prompt.ids,
-            finished=choice.finish_reason is not None,
+            finished=spoken.finish_reason is not None,
         )
         if parsed is None:
             return
-        delta.content = parsed.content or ""
-        delta.reasoning = parsed.reasoning or ""
+        delta.content += parsed.content or ""
+        delta.reasoning += parsed.reasoning or ""
         for call in parsed.tool_calls or ():
             if call.index > 0 and not self._parallel_tools:
                 continue
@@ -126,14 +181,14 @@ class Answer:
             )
             self._called[index] = True
 
-    def _finish(self, delta: lm.Delta, choice: Any) -> None:
-        delta.finish = _FINISH.get(choice.finish_reason, lm.FINISH_STOP)
-        if delta.finish == lm.FINISH_STOP and self._called[choice.index] and not self._forced_function:
+    def _finish(self, delta: lm.Delta, index: int, spoken: Any) -> None:
+        delta.finish = _FINISH.get(spoken.finish_reason, lm.FINISH_STOP)
+        if delta.finish == lm.FINISH_STOP and self._called[index] and not self._forced_function:
             delta.finish = lm.FINISH_TOOL_CALLS
-        if isinstance(choice.stop_reason, str):
-            delta.stop_text = choice.stop_reason
-        elif isinstance(choice.stop_reason, int):
-            delta.stop_token = choice.stop_reason
+        if isinstance(spoken.stop_reason, str):
+            delta.stop_text = spoken.stop_reason
+        elif isinstance(spoken.stop_reason, int):
+            delta.stop_token = spoken.stop_reason
 
     def _prompt_logprobs(self, positions: Sequence[Mapping[int, Any] | None] | None) -> list[lm.PositionLogprobs]:
         if self._prompt_top is None or not positions:

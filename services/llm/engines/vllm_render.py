@@ -48,8 +48,17 @@ class Prompt:
     request: ChatCompletionRequest | None = None  # what vLLM's parsers look at
     make_parser: Callable[[], Any] | None = None
     reasoning: dict[str, Any] = field(default_factory=dict)  # further arguments of `generate`
+    ends_reasoning: Callable[[list[int]], bool | None] | None = None  # its `reasoning_ended`, after other tokens
     strip_space: bool = False
     stops: tuple[str, ...] = ()
+
+    def after(self, done: list[int]) -> tuple[Any, dict[str, Any]]:
+        """What the engine is given, and the further arguments, to go on after so much of the answer."""
+        ids = [*self.ids, *done]
+        reasoning = dict(self.reasoning)
+        if self.ends_reasoning is not None:
+            reasoning["reasoning_ended"] = self.ends_reasoning(ids)
+        return tokens_input(ids, cache_salt=self.engine_input.get("cache_salt")), reasoning
 
 
 class _Request(ChatCompletionRequest):
@@ -153,7 +162,8 @@ class Renderer:
         parser = make()
         prompt.request = asked
         prompt.make_parser = make
-        prompt.reasoning = {"reasoning_ended": asked.resolve_reasoning_ended(parser, prompt.ids)}
+        prompt.ends_reasoning = lambda ids: asked.resolve_reasoning_ended(parser, ids)
+        prompt.reasoning = {"reasoning_ended": prompt.ends_reasoning(prompt.ids)}
         if parser.reasoning_parser is not None:
             # They travel to the engine's process, where a function cannot go.
             plain = {name: value for name, value in arguments.items() if not callable(value)}
