@@ -11,6 +11,7 @@ from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Delivery, Relay, Resume, TokenIds
 from services.llm.engines.openai_family import INFERMESH, LLAMA_CPP, OLLAMA, OPENAI, SGLANG, VLLM, at_least
 from services.llm.engines.openai_reply import SseLines, error_of
+from services.llm.engines.openai_resume import check, continued
 from services.llm.engines.openai_wire import Upstream, chat_body, complete_body
 
 
@@ -42,7 +43,6 @@ def _up(family: Any, version: str = "0.32") -> Upstream:
         (chat(template_args_json='{"a":1}'), _up(OPENAI), "template_args_json"),
         (chat(continue_final_message=True), _up(OPENAI), "continue_final_message"),
         (chat(delivery=Delivery(token_ids=True)), _up(SGLANG), "delivery.token_ids"),
-        (chat(relay=Relay(resume=Resume(token_ids=[1]))), _up(VLLM), "relay.resume"),
         (
             chat(tools=[lm.Tool(name="f")], tool_choice=lm.ToolChoice(mode=lm.ToolChoice.MODE_NONE)),
             _up(OLLAMA),
@@ -117,3 +117,36 @@ def test_versions_and_error_bodies() -> None:
     assert at_least("0.11.0", 0, 11) and at_least("0.32.1.dev3", 0, 11) and not at_least("0.9.2", 0, 11)
     assert at_least("", 0, 11)
     assert "(HTTP 418)" in error_of(418, b"").message
+
+
+@pytest.mark.parametrize(
+    ("request_", "upstream", "param"),
+    [
+        (chat(relay=Relay(resume=Resume(token_ids=[1]))), _up(VLLM), "relay.resume.text"),
+        (chat(relay=Relay(resume=Resume(text="a"))), _up(OPENAI), "relay.resume"),
+        (
+            lm.CompleteRequest(token_ids=TokenIds(ids=[1]), relay=Relay(resume=Resume(text="a"))),
+            _up(VLLM),
+            "relay.resume",
+        ),
+    ],
+)
+def test_what_cannot_be_continued_as_text_is_refused(request_: Any, upstream: Upstream, param: str) -> None:
+    with pytest.raises(MeshError) as caught:
+        check(request_, upstream)
+    assert (caught.value.reason, caught.value.param) == (Reason.UNSUPPORTED, param)
+
+
+def test_an_answer_is_continued_as_the_beginning_of_a_message_or_a_prompt() -> None:
+    begun = Relay(resume=Resume(text="Guten "))
+    asked = chat(relay=begun, add_generation_prompt=True, sampling=lm.Sampling(max_tokens=9, min_tokens=3))
+    body = chat_body(continued(asked, 4), _up(VLLM))
+    assert body["messages"][-1] == {"role": "assistant", "content": "Guten "}
+    assert (body["continue_final_message"], body["add_generation_prompt"]) == (True, False)
+    assert (body["max_tokens"], body["min_tokens"]) == (5, 0)
+    own = chat(relay=begun, continue_final_message=True)
+    own.messages.add(role=lm.ROLE_ASSISTANT, content="Well: ")
+    assert [m["content"] for m in chat_body(continued(own, 4), _up(SGLANG))["messages"]] == ["hi", "Well: Guten "]
+    completion = lm.CompleteRequest(text="Say: ", echo=True, relay=begun)
+    body = complete_body(continued(completion, 4), _up(VLLM))
+    assert body["prompt"] == "Say: Guten " and "echo" not in body

@@ -1,8 +1,8 @@
 """Adopts a running OpenAI-speaking server (vLLM serve, SGLang, llama.cpp, llama-box, Ollama, …) as an instance.
 
 What such a server does not tell stays unknown: token ids (but for vLLM's), the prompt's length before the end (but for
-vLLM's and SGLang's), speed and KV room. Streams cannot be resumed on it. Prefix caches of tenants are kept apart by
-vLLM only; the time for chat templates is the server's own.
+vLLM's and SGLang's), speed and KV room. A stream is continued as text where the server can (`openai_resume`). Prefix
+caches of tenants are kept apart by vLLM only; the time for chat templates is the server's own.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from typing import Any
 import aiohttp
 import orjson
 
-from infermesh.errors import MeshError, Reason
+from infermesh.errors import MeshError, Reason, unsupported
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.worker_pb2 import Load
 from registry.endpoint import Capacity, Hardware
 from services.llm.engine import EngineInfo, Event
 from services.llm.engines.openai_probe import base_url, probe, read_all
 from services.llm.engines.openai_reply import Reply, SseLines, error_of, int_of
+from services.llm.engines.openai_resume import check, continued
 from services.llm.engines.openai_wire import Upstream, chat_body, complete_body
 from services.llm.settings import LlmSettings
 from services.llm.window import Window
@@ -77,23 +78,32 @@ class OpenAiHttpEngine:
                 context_max=Window(model_context, low, high).top if model_context else high,
                 max_running=settings.max_running or 0,
             ),
-            features=upstream.family.features & _FEATURES,
+            features=(upstream.family.features & _FEATURES)
+            | ({"resume"} if "continue_final" in upstream.family.features else set()),
         )
 
     async def chat(self, request: lm.ChatRequest) -> AsyncIterator[Event]:
+        before = await self._before(request)
+        if before is not None:
+            request = continued(request, before)
         body = chat_body(request, self._known)
         if self._settings.context:
             ask = lm.TokenizeRequest(chat=lm.Conversation(messages=request.messages, tools=request.tools))
             ask.chat.template_args_json = request.template_args_json
             await self._check_range(ask, request.sampling)
-        async for event in self._stream("/v1/chat/completions", body, Reply(chat=True, choices=_choices(request))):
+        reply = Reply(chat=True, choices=_choices(request), before=before)
+        async for event in self._answer("/v1/chat/completions", body, reply):
             yield event
 
     async def complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
+        before = await self._before(request)
+        if before is not None:
+            request = continued(request, before)
         body = complete_body(request, self._known)
         if self._settings.context and request.WhichOneof("prompt") == "text":
             await self._check_range(lm.TokenizeRequest(text=request.text), request.sampling)
-        async for event in self._stream("/v1/completions", body, Reply(chat=False, choices=_choices(request))):
+        reply = Reply(chat=False, choices=_choices(request), before=before)
+        async for event in self._answer("/v1/completions", body, reply):
             yield event
 
     async def tokenize(self, request: lm.TokenizeRequest) -> lm.TokenizeResponse:
@@ -185,6 +195,27 @@ class OpenAiHttpEngine:
         low, high = self._settings.context
         counted = await self.tokenize(ask)
         Window(counted.max_context or high, low, high).budget(len(counted.token_ids), sampling)
+
+    async def _before(self, request: lm.ChatRequest | lm.CompleteRequest) -> int | None:
+        """Tokens that another server has said of this answer; None where it begins here."""
+        if not request.relay.HasField("resume"):
+            return None
+        check(request, self._known)
+        resume = request.relay.resume
+        if resume.token_ids:
+            return len(resume.token_ids)
+        if "tokenize" in self._known.family.features:
+            return len((await self.tokenize(lm.TokenizeRequest(text=resume.text, add_special_tokens=False))).token_ids)
+        if request.sampling.HasField("max_tokens"):
+            raise unsupported("relay.resume", "this server counts no tokens, so that max_tokens could not be kept")
+        return 0
+
+    async def _answer(self, path: str, body: dict[str, Any], reply: Reply) -> AsyncIterator[Event]:
+        if body.get("max_tokens") == 0:  # the one that was lost had said everything but the end
+            yield reply.cut()
+            return
+        async for event in self._stream(path, body, reply):
+            yield event
 
     async def _stream(self, path: str, body: dict[str, Any], reply: Reply) -> AsyncIterator[Event]:
         lines, over = SseLines(), False

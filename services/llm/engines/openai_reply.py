@@ -64,8 +64,12 @@ class SseLines:
 class Reply:
     """The chunks of one answer. `finished` once every choice has its end."""
 
-    def __init__(self, *, chat: bool, choices: int) -> None:
+    def __init__(self, *, chat: bool, choices: int, before: int | None = None) -> None:
+        """`before`: tokens of the answer that another server has said, None = it begins here. They are part of this
+        server's prompt, and are told as what they are."""
         self._chat = chat
+        self._before = before or 0
+        self._tells_ids = before is None
         self._open = set(range(choices))
         self._started = False
         self._usage: dict[str, Any] | None = None
@@ -109,14 +113,22 @@ class Reply:
             event.prompt = PromptFacts(event.usage.prompt_tokens if event.usage else 0)
         return event
 
+    def cut(self) -> Event:
+        """The only event of an answer that has used its tokens up before it came here."""
+        event = self.end()
+        event.deltas.append(lm.Delta(finish=lm.FINISH_LENGTH))
+        return event
+
     def usage(self) -> Usage:
         told = self._usage or {}
         prompt = told.get("prompt_tokens_details") or {}
         completion = told.get("completion_tokens_details") or {}
+        made = int_of(told.get("completion_tokens"), self._counted) if told else self._counted
+        prompt_tokens = max(0, int_of(told.get("prompt_tokens")) - self._before)
         return Usage(
-            prompt_tokens=int_of(told.get("prompt_tokens")),
-            completion_tokens=int_of(told.get("completion_tokens"), self._counted) if told else self._counted,
-            cached_tokens=int_of(prompt.get("cached_tokens")),
+            prompt_tokens=prompt_tokens,
+            completion_tokens=made + self._before,
+            cached_tokens=min(prompt_tokens, int_of(prompt.get("cached_tokens"))),
             reasoning_tokens=int_of(completion.get("reasoning_tokens")),
         )
 
@@ -126,7 +138,7 @@ class Reply:
             choice=int_of(choice.get("index")),
             content=body.get("content") or "",
             reasoning=body.get("reasoning_content") or body.get("reasoning") or "",
-            token_ids=choice.get("token_ids") or (),
+            token_ids=(choice.get("token_ids") or ()) if self._tells_ids else (),
             tool_calls=[_call(at, call) for at, call in enumerate(body.get("tool_calls") or ())],
             logprobs=_chat_logprobs(choice) if self._chat else _text_logprobs(choice),
         )

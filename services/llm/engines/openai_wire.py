@@ -77,8 +77,6 @@ def complete_body(request: lm.CompleteRequest, upstream: Upstream) -> Body:
 
 
 def _shared(request: lm.ChatRequest | lm.CompleteRequest, upstream: Upstream) -> Body:
-    if request.relay.HasField("resume"):
-        raise unsupported("relay.resume", "an adopted server cannot replay a stream")
     usage = {"include_usage": True}
     if "usage_each" in upstream.family.features:
         usage["continuous_usage_stats"] = True
