@@ -58,12 +58,12 @@ PROBE_S = 2.0
 AWAY = (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
 
 
-def as_error(code: StatusCode, details: str, trailers: Any, addresses: Sequence[str], *, begun: bool) -> MeshError:
-    """What the caller is told of a failed call. `begun`: some of the answer had come."""
+def as_error(code: StatusCode, details: str, trailers: Any, addresses: Sequence[str], *, got: str = "") -> MeshError:
+    """What the caller is told of a failed call. `got`: how much of the answer had come, empty = nothing."""
     pairs = [(item[0], item[1]) for item in trailers or ()]
     if code is StatusCode.UNAVAILABLE and REASON_KEY not in dict(pairs):
-        if begun:
-            return MeshError(Reason.STREAM_LOST, f"the connection broke in the middle of the answer: {details}")
+        if got:
+            return MeshError(Reason.STREAM_LOST, f"the connection to the gateway broke after {got}: {details}")
         where = ", ".join(addresses)
         return MeshError(Reason.NO_INSTANCE, f"no gateway answers at {where}: {details}; `infermesh up` starts one")
     return from_status(code, details, pairs)

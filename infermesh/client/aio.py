@@ -179,16 +179,16 @@ class AsyncClient:
         call = EmbeddingServiceStub(self._channel(index)).EmbedStream(
             frames(), timeout=self._seconds(timeout), metadata=self._metadata
         )
-        begun = False
+        batches_done = 0
         try:
             async for reply in call:
-                begun = True
+                batches_done += 1
                 room.release()
                 yield Embeddings(reply.batch, Served(model=reply.batch.model))
             if fault:
                 raise fault[0]
         except grpc.aio.AioRpcError as error:
-            raise self._error(error, begun=begun) from None
+            raise self._error(error, got=f"{batches_done} batches" if batches_done else "") from None
         finally:
             call.cancel()
 
@@ -264,9 +264,9 @@ class AsyncClient:
     def _seconds(self, timeout: float | None) -> float | None:
         return self.timeout if timeout is None else timeout
 
-    def _error(self, error: grpc.aio.AioRpcError, *, begun: bool = False) -> Exception:
+    def _error(self, error: grpc.aio.AioRpcError, *, got: str = "") -> Exception:
         details = error.details() or ""
-        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, begun=begun)
+        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, got=got)
 
     async def _unary(
         self, method: Callable[[grpc.aio.Channel], Any], request: Any, timeout: float | None
@@ -293,7 +293,10 @@ class AsyncClient:
         request: Any,
         timeout: float | None,
         begin: type[Completion] = Completion,
+        *,
+        whole: bool = False,
     ) -> AsyncIterator[Chunk]:
+        """`whole`: nobody has seen any of it before its end, so that another gateway may begin it anew."""
         seconds = self._seconds(timeout)
         started = asyncio.get_running_loop().time()
         order = self._rotation.order()
@@ -308,11 +311,13 @@ class AsyncClient:
                         self._rotation.answered(index)
                         answer.served = served(_pairs(await call.initial_metadata()))
                     yield Chunk(answer.add(event), answer)
+                answer.served = answer.served.at_the_end(_pairs(await call.trailing_metadata()))
                 return
             except grpc.aio.AioRpcError as error:
-                if not begun and index != order[-1] and where.try_next(error.code(), _pairs(error.trailing_metadata())):
+                again = (whole or not begun) and index != order[-1]
+                if again and where.try_next(error.code(), _pairs(error.trailing_metadata())):
                     continue
-                raise self._error(error, begun=begun) from None
+                raise self._error(error, got=answer.got if begun else "") from None
             finally:
                 call.cancel()
 
@@ -324,7 +329,7 @@ class AsyncClient:
         begin: type[Completion] = Completion,
     ) -> Completion:
         answer = begin()
-        async for chunk in self._stream(method, request, timeout, begin):
+        async for chunk in self._stream(method, request, timeout, begin, whole=True):
             answer = chunk.so_far
         return answer
 
@@ -340,7 +345,7 @@ class AsyncClient:
                     continue
             self._rotation.answered(index)
             return index
-        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses, begun=False)
+        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses)
 
 
 def _chat(channel: grpc.aio.Channel) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from infermesh.v1 import embedding_pb2 as em
@@ -24,13 +24,33 @@ FINISH = {
 
 @dataclass(frozen=True, slots=True)
 class Served:
-    """Who answered. `degraded`: the model asked for, when another one served the request."""
+    """Who answered; of a stream that went on at another instance, the last one. `degraded`: the model asked for, when
+    another one served the request. `resumes`: how often the answer went on elsewhere, known once it has ended; `exact`:
+    it is all the same what one instance would have said.
+    """
 
     instance_id: str = ""
     model: str = ""
     attempts: int = 0
     degraded: str = ""
     request_id: str = ""
+    resumes: int = 0
+    exact: bool = True
+
+    def at_the_end(self, trailers: Iterable[tuple[str, str | bytes]]) -> Served:
+        """With what the trailing metadata tells."""
+        found: Mapping[str, str] = {key: value for key, value in trailers if isinstance(value, str)}
+        resumes = found.get("x-infermesh-resumes", "")
+        if not resumes.isdigit():
+            return self
+        attempts = found.get("x-infermesh-attempts", "")
+        return replace(
+            self,
+            instance_id=found.get("x-infermesh-instance-id", self.instance_id),
+            attempts=int(attempts) if attempts.isdigit() else self.attempts,
+            resumes=int(resumes),
+            exact=found.get("x-infermesh-resume-exact") == "true",
+        )
 
 
 def served(metadata: Iterable[tuple[str, str | bytes]]) -> Served:
@@ -83,6 +103,13 @@ class Completion:
     def text(self) -> str:
         """The first choice's text."""
         return self.choices[0].content if self.choices else ""
+
+    @property
+    def got(self) -> str:
+        """How far it has come, for people."""
+        said = sum(len(choice.content) + len(choice.reasoning) for choice in self.choices)
+        tokens = sum(len(choice.token_ids) for choice in self.choices)
+        return f"{tokens} tokens" if tokens else f"{said} characters"
 
     def add(self, event: Any) -> lm.ChatResponse | lm.CompleteResponse:
         """Takes one more event of the stream; returns it as the language model's."""

@@ -177,16 +177,16 @@ class Client:
         index = self._reach()
         stub = EmbeddingServiceStub(self._channel(index))
         call = stub.EmbedStream(frames(), timeout=self._seconds(timeout), metadata=self._metadata)
-        begun = False
+        batches_done = 0
         try:
             for reply in call:
-                begun = True
+                batches_done += 1
                 room.release()
                 yield Embeddings(reply.batch, Served(model=reply.batch.model))
             if fault:
                 raise fault[0]
         except grpc.RpcError as error:
-            raise self._error(error, begun=begun) from None
+            raise self._error(error, got=f"{batches_done} batches" if batches_done else "") from None
         finally:
             over.set()
             call.cancel()
@@ -262,9 +262,9 @@ class Client:
     def _seconds(self, timeout: float | None) -> float | None:
         return self.timeout if timeout is None else timeout
 
-    def _error(self, error: Any, *, begun: bool = False) -> Exception:
+    def _error(self, error: Any, *, got: str = "") -> Exception:
         details = error.details() or ""
-        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, begun=begun)
+        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, got=got)
 
     def _unary(self, method: Callable[[grpc.Channel], Any], request: Any, timeout: float | None) -> tuple[Any, Served]:
         seconds = self._seconds(timeout)
@@ -289,7 +289,10 @@ class Client:
         request: Any,
         timeout: float | None,
         begin: type[Completion] = Completion,
+        *,
+        whole: bool = False,
     ) -> Iterator[Chunk]:
+        """`whole`: nobody has seen any of it before its end, so that another gateway may begin it anew."""
         seconds = self._seconds(timeout)
         started = time.monotonic()
         order = self._rotation.order()
@@ -304,12 +307,14 @@ class Client:
                         self._rotation.answered(index)
                         answer.served = served(_pairs(call.initial_metadata()))
                     yield Chunk(answer.add(event), answer)
+                answer.served = answer.served.at_the_end(_pairs(call.trailing_metadata()))
                 return
             except grpc.RpcError as failed:
                 error: Any = failed
-                if not begun and index != order[-1] and where.try_next(error.code(), _pairs(error.trailing_metadata())):
+                again = (whole or not begun) and index != order[-1]
+                if again and where.try_next(error.code(), _pairs(error.trailing_metadata())):
                     continue
-                raise self._error(error, begun=begun) from None
+                raise self._error(error, got=answer.got if begun else "") from None
             finally:
                 call.cancel()
 
@@ -321,7 +326,7 @@ class Client:
         begin: type[Completion] = Completion,
     ) -> Completion:
         answer = begin()
-        for chunk in self._stream(method, request, timeout, begin):
+        for chunk in self._stream(method, request, timeout, begin, whole=True):
             answer = chunk.so_far
         return answer
 
@@ -338,7 +343,7 @@ class Client:
                     continue
             self._rotation.answered(index)
             return index
-        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses, begun=False)
+        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses)
 
 
 def _chat(channel: grpc.Channel) -> Any:

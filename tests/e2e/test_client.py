@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -166,6 +167,30 @@ async def test_a_stream_that_breaks_is_not_begun_anew(tmp_path: Path) -> None:
                     if seen == 3:
                         process.kill()
             assert caught.value.reason is Reason.STREAM_LOST
+            assert re.search(r"the connection to the gateway broke after \d+ tokens", caught.value.message)
+
+
+async def test_a_whole_answer_that_breaks_is_begun_anew_at_another_gateway(tmp_path: Path) -> None:
+    """Nobody has seen any of it; 2 s are long enough for some of it to have come."""
+    async with running_mesh(tmp_path, {"a": SLOW}) as mesh, gateway(mesh, "g1") as (first, process):
+        async with AsyncClient([first, mesh.address]) as client:
+            asked = asyncio.create_task(client.chat("x", model="chat", max_tokens=100))
+            await asyncio.sleep(1)
+            assert not asked.done()
+            process.kill()
+            answer = await asked
+            assert answer.text.endswith(" w99") and answer.usage.completion_tokens == 100
+
+
+async def test_the_client_hears_of_a_resume(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, {"a": SLOW, "b": SLOW}) as mesh, AsyncClient(mesh.address) as client:
+        killed = False
+        async for chunk in client.chat_stream("x", model="chat", max_tokens=100):
+            if not killed and len(chunk.so_far.text) > 100:
+                killed = True
+                mesh.instances[chunk.so_far.served.instance_id].kill()
+        served = chunk.so_far.served
+        assert chunk.so_far.text.endswith(" w99") and (served.attempts, served.resumes, served.exact) == (2, 1, True)
 
 
 async def test_a_draining_gateway_sends_its_callers_on(tmp_path: Path) -> None:

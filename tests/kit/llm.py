@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from infermesh.transport import channel_options
+from tests.kit.children import environment
 from tests.kit.llm_client import MODEL, Client
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,7 +43,13 @@ class LlmProcess:
         ]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                arguments, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                arguments,
+                cwd=ROOT,
+                env=environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         self._seen: dict[int, psutil.Process] = {}
 
