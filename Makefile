@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench peers compat faults constraints clean
+.PHONY: help up test setup check protos bench seams peers compat faults constraints clean
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -59,6 +59,11 @@ faults: ## break things on purpose, a row of the fault matrix each (ROW=21, ROW=
 peers: ## stock routers and infermesh in turn before the same scripted engines (TRACE=trace.jsonl ARGS="--write")
 	@$(SETUP) main
 	@exec $(BIN)/python -m tests.bench.peers --trace "$(TRACE)" $(ARGS)
+
+seams: ## 10,000 random deaths against the vLLM engine's replay (minutes)
+	@$(SETUP) main llm
+	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && .venv-llm/bin/python -P -m services.llm.tiny_model "$$d" && \
+	PYTHONPATH=. .venv-llm/bin/python -P tests/kit/replay_seams.py "$$d" 10000 $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py
