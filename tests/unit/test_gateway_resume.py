@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -224,6 +225,25 @@ async def test_a_whole_answer_that_would_differ_begins_anew() -> None:
                     break
             assert (identity.instance_id, identity.attempts, identity.resumes) == ("b", 2, 0)
             assert not b.requests[-1].relay.HasField("resume") and up.nothing_left()
+
+
+@pytest.mark.parametrize("collected", [False, True])
+async def test_a_query_that_kills_after_a_token_takes_no_fleet(collected: bool) -> None:
+    async def dies(self: FakeInstance, request: lm.ChatRequest, context: Any) -> None:
+        await self.begin(context)
+        event = lm.ChatResponse(deltas=[lm.Delta(token_ids=[len(request.relay.resume.token_ids)], content="w")])
+        event.started.id = "x"
+        await context.write(event)
+        await abort(context, MeshError(Reason.INSTANCE_LOST, "the process died"))
+
+    async with AsyncExitStack() as stack:
+        fleet = [await stack.enter_async_context(fake_instance(id, dies)) for id in "abcdef"]
+        like(*fleet)
+        up = await stack.enter_async_context(upstream(*fleet))
+        with pytest.raises(MeshError) as caught:
+            await listen(up, request(), collected=collected)
+        assert caught.value.reason is (Reason.INSTANCE_LOST if collected else Reason.STREAM_LOST)
+        assert sum(len(instance.requests) for instance in fleet) == 4 and up.nothing_left()
 
 
 async def test_a_query_of_death_takes_two_engines_and_no_more() -> None:

@@ -58,7 +58,8 @@ def test_a_death_spends_attempts_but_no_budget() -> None:
 
 def test_a_stream_moves_so_often_and_not_for_ever() -> None:
     assert next(Reason.INSTANCE_LOST, replace(UNDER_WAY, resumes=MAX_RESUMES - 1), Budget(live=1)) is Next.RESUME
-    assert next(Reason.INSTANCE_LOST, replace(UNDER_WAY, resumes=MAX_RESUMES), Budget(live=1)) is Next.STOP
+    for start in (UNDER_WAY, replace(FRESH, resumable=True)):
+        assert next(Reason.INSTANCE_LOST, replace(start, resumes=MAX_RESUMES), Budget(live=1)) is Next.STOP
 
 
 def test_a_refusal_before_dispatch_costs_no_budget() -> None:

@@ -9,7 +9,7 @@ from infermesh.errors import TABLE, Reason
 
 MAX_EXTRA_ATTEMPTS = 2  # in a row that brought nothing: so many instances at most can one request take down
 MAX_ENGINE_FAILURES = 2  # of one request: what breaks two engines would break the next one, too
-MAX_RESUMES = 5  # of one stream
+MAX_RESUMES = 3  # of one answer: even one that kills its instance after some tokens takes no fleet down
 RETRY_SHARE = 0.2  # of live requests
 MIN_RETRIES = 3  # concurrent, however little traffic there is
 MIN_TIME_S = 0.005  # with less left before the deadline, another attempt only adds load
@@ -58,12 +58,12 @@ class Budget:
 def next(reason: Reason, progress: Progress, budget: Budget) -> Next:
     """Elsewhere, as long as the fault is not the caller's, and time, attempts and budget are left; and once something
     was sent, only where another instance can go on exactly there."""
-    if progress.time_left_s < MIN_TIME_S:
+    if progress.time_left_s < MIN_TIME_S or progress.resumes >= MAX_RESUMES:
         return Next.STOP
     onward = Next.OTHER
     if progress.events:
         onward = Next.RESUME
-        if not progress.resumable or reason not in BREAKS or progress.resumes >= MAX_RESUMES:
+        if not progress.resumable or reason not in BREAKS:
             return Next.STOP
     elif not TABLE[reason].elsewhere:
         return Next.STOP
