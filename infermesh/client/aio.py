@@ -244,13 +244,13 @@ class AsyncClient:
         second. Closing the iterator ends it."""
         channel = self._channel(await self._reach())
         call: Any = MeshServiceStub(channel).RecordTraffic(mesh_pb2.RecordTrafficRequest(), metadata=self._metadata)
-        begun = False
+        came = 0
         try:
             async for message in call:
-                begun = True
+                came += 1
                 yield message
         except grpc.aio.AioRpcError as error:
-            raise self._error(error, begun=begun) from None
+            raise self._error(error, got=f"{came} messages" if came else "") from None
         finally:
             call.cancel()
 

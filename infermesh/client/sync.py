@@ -241,13 +241,13 @@ class Client:
         second. Closing the iterator ends it."""
         channel = self._channel(self._reach())
         call = MeshServiceStub(channel).RecordTraffic(mesh_pb2.RecordTrafficRequest(), metadata=self._metadata)
-        begun = False
+        came = 0
         try:
             for message in call:
-                begun = True
+                came += 1
                 yield message
         except grpc.RpcError as error:
-            raise self._error(error, begun=begun) from None
+            raise self._error(error, got=f"{came} messages" if came else "") from None
         finally:
             call.cancel()
 
