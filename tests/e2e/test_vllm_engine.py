@@ -246,7 +246,7 @@ async def test_a_prompt_over_the_context_is_counted(vllm: Client) -> None:
     [
         ({"sampling": lm.Sampling(stop_token_ids=[5000])}, Reason.INVALID_ARGUMENT, "sampling.stop_token_ids"),
         ({"sampling": lm.Sampling(logit_bias={9999: 1})}, Reason.INVALID_ARGUMENT, "sampling.logit_bias"),
-        ({"relay": Relay(resume=Resume(token_ids=[1]))}, Reason.UNSUPPORTED, "relay.resume"),
+        ({"relay": Relay(resume=Resume(token_ids=[9999]))}, Reason.INVALID_ARGUMENT, "relay.resume.token_ids"),
         ({"sampling": lm.Sampling(max_tokens=-1)}, Reason.INVALID_ARGUMENT, "sampling.max_tokens"),
         ({"sampling": lm.Sampling(max_tokens=2**62)}, Reason.INVALID_ARGUMENT, "sampling.max_tokens"),
         ({"sampling": lm.Sampling(n=16384)}, Reason.INVALID_ARGUMENT, "sampling.n"),

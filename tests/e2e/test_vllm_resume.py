@@ -137,10 +137,10 @@ def _closed(whole: str) -> list[str]:
 
 
 def _in_order(whole: str, parts: list[str]) -> bool:
-    """Whether the parts are what the ids say, each once and in this order. A character whose bytes never came may be
-    shown or not."""
-    at = 0
-    for part in (part.strip().rstrip("\ufffd") for part in parts):
+    """Whether the parts are what the ids say, each once and in this order. Bytes that make no character are shown one
+    by one or together, as they come."""
+    whole, at = whole.replace("\ufffd", ""), 0
+    for part in (part.replace("\ufffd", "").strip() for part in parts):
         found = whole.find(part, at)
         if found < 0:
             return False
