@@ -10,6 +10,7 @@ import random
 import secrets
 import socket
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from services.chassis.signals import Stop
 from services.gateway.config import DEFAULT_PAST, GatewaySettings
 from services.gateway.front import rpc
 from services.gateway.front.answer import Answer
+from services.gateway.front.console.live import Live
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.front.http_server import HttpServer, build_http_server
 from services.gateway.front.mesh import MESH, Mesh
@@ -65,6 +67,7 @@ class Gateway:
     carrier: Carrier
     observe: Observe
     keys: Keys
+    live: Live
     decisions: Decisions | None = None
     registry: Registry | None = None
     rest: HttpServer | None = None
@@ -160,10 +163,16 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)
     door = rpc.Door(forwarder, keys, observe)
     server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door), Answer(door, directory)))
+    about = {"id": gateway_id, "version": infermesh.__version__, "ttft_s": routing.ttft_s, "tpot_ms": routing.tpot_ms}
+
+    def numbers() -> dict[str, int]:
+        return {"in_flight": forwarder.budget.live, "waiting": router.waiting}
+
     traffic, decisions = Traffic(), _decisions(settings)
-    observe.listeners += [traffic.keep, *([decisions.keep] if decisions else [])]
+    live = Live(directory, about | {"since": time.time()}, policy.fallbacks, time.time, numbers, decisions)
+    observe.listeners += [live.finished, traffic.keep, *([decisions.keep] if decisions else [])]
     mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, decisions), server.grpc)
-    return Gateway(settings, server, forwarder, directory, carrier, observe, keys, decisions, registry)
+    return Gateway(settings, server, forwarder, directory, carrier, observe, keys, live, decisions, registry)
 
 
 def _decisions(settings: GatewaySettings) -> Decisions | None:
@@ -194,7 +203,8 @@ def _rest(gateway: Gateway, keys: Keys) -> HttpServer:
         return gateway.server.gate.phase is not Phase.SERVING
 
     settings = gateway.settings
-    app = build_app(gateway.forwarder, gateway.directory, keys, settings.limits, gateway.observe, draining)
+    live = gateway.live
+    app = build_app(gateway.forwarder, gateway.directory, keys, settings.limits, gateway.observe, draining, live)
     host, port = split_address(settings.http)
     return build_http_server(app, host, port, settings.limits)
 
@@ -222,7 +232,7 @@ def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
     if gateway.decisions is not None:
         jobs["decisions"] = gateway.decisions.run()
     if gateway.rest is not None:
-        jobs["rest"] = gateway.rest.serve()
+        jobs |= {"rest": gateway.rest.serve(), "console": gateway.live.run()}
     return [asyncio.create_task(job, name=name) for name, job in jobs.items()]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 
 from services.chassis.keys import Keys
 from services.gateway.config import Limits
+from services.gateway.front.console.live import Live
 from services.gateway.front.http_guard import Patience
 from services.gateway.front.http_server import HttpServer, build_http_server
 from services.gateway.front.rest import build_app
@@ -45,7 +47,9 @@ async def serve_rest(
     watcher = ScriptedWatcher()
     draining = [False]
     bounds = limits or Limits()
-    app = build_app(forward, ScriptedDirectory(), keys or Keys(), bounds, watcher, lambda: draining[0])
+    directory = ScriptedDirectory()
+    live = Live(directory, {"id": "gateway-0"}, {}, time.time, dict)
+    app = build_app(forward, directory, keys or Keys(), bounds, watcher, lambda: draining[0], live)
     server = build_http_server(app, "127.0.0.1", 0, bounds, patience=patience)
     task = asyncio.create_task(server.serve())
     await server.ready()

@@ -18,6 +18,8 @@ from infermesh.v1 import inference_pb2 as inf
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
 from services.chassis import checks
+from services.gateway.routing.decision import Record
+from services.gateway.routing.facts import Facts
 from services.gateway.upstream.calls import Call, Event, Identity, InstanceView, Method, ModelView
 
 KINDS = {"chat": "llm", "embed": "embedding", "rank": "rerank", "org/rank": "rerank"}
@@ -151,6 +153,7 @@ def em_vector(index: int, dimensions: int) -> inf.Vector:
 class ScriptedDirectory:
     stale = False
     healthy = 1
+    aliases: dict[str, tuple[tuple[str, float], ...]] = {}  # noqa: RUF012
 
     def models(self) -> list[ModelView]:
         return [
@@ -161,6 +164,12 @@ class ScriptedDirectory:
 
     def instances(self) -> list[InstanceView]:
         return [InstanceView("llm-1", "llm", "chat", "127.0.0.1:1", "healthy")]
+
+    async def changed(self) -> None:
+        await asyncio.Event().wait()
+
+    def explain(self, facts: Facts) -> Record:
+        return Record(facts.kind, facts.model, reason="only_candidate", chosen="llm-1")
 
 
 @dataclass

@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,9 @@ from examples.rag.evaluate import evaluate, questions
 from examples.rag.index import index
 from examples.rag.store import Store, StoreError
 from infermesh.client import Answer, AsyncClient, Client, MeshError, Reason
-from tests.kit.children import ROOT, Child, infermesh
-from tests.kit.embedding import EXPORTS, MODEL
-from tests.kit.mesh import TestMesh, running_mesh, until
+from tests.kit.answering import answering_mesh
+from tests.kit.children import ROOT
+from tests.kit.embedding import MODEL
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(240)]
 FACTS = {
@@ -32,21 +30,6 @@ FACTS = {
     "rates": "Interest rates rose by a quarter point.",
     "warranty": "The headphones have a warranty of two years, also on their battery.",
 }
-
-
-@asynccontextmanager
-async def answering_mesh(folder: Path) -> AsyncIterator[TestMesh]:
-    """Real embedding and rerank models beside a scripted language model."""
-    async with running_mesh(folder, {"chat-0": ("--prefill-tps", "1e6", "--step-ms", "1")}) as mesh:
-        children = []
-        for kind in ("embedding", "rerank"):
-            words = infermesh(kind, "--registry", mesh.registry, "--listen", "127.0.0.1:0", "--grace-s", "5")
-            child = Child(folder, f"{kind}-0", [*words, "--instance-id", f"{kind}-0", "--export-dir", str(EXPORTS)])
-            mesh.stack.callback(child.destroy)
-            children.append(child)
-        await until(lambda: all(child.serves for child in children), 180)
-        await mesh.healthy("chat-0", "embedding-0", "rerank-0")
-        yield mesh
 
 
 async def test_the_passages_that_matter_are_shown_cited_and_found_in_the_cache(tmp_path: Path) -> None:

@@ -282,7 +282,7 @@ async def test_models_tokens_health_and_the_rest():
         metrics = await ask(server, "/metrics", method="GET")
         assert metrics.body == b"infermesh_up 1\n" and metrics.headers["content-type"].startswith("text/plain")
         console = await ask(server, "/console", method="GET")
-        assert console.status == 404 and "not there yet" in console.error["message"]
+        assert console.status == 308 and console.headers["location"] == "/console/"
         assert (await ask(server, "/v1/nonsense", {})).status == 404
         wrong = await ask(server, "/v1/chat/completions", method="GET")
         assert wrong.status == 404 and "answers to POST" in wrong.error["message"]

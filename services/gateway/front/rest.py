@@ -21,13 +21,15 @@ from services.chassis.keys import Keys
 from services.chassis.rpc import as_mesh_error
 from services.gateway.config import Limits
 from services.gateway.front.callers import caller
+from services.gateway.front.console.live import Live
+from services.gateway.front.console.pages import Pages
 from services.gateway.front.disconnect import ClientGone
 from services.gateway.front.rest_chat import chat
 from services.gateway.front.rest_completions import completions
 from services.gateway.front.rest_embeddings import embeddings
 from services.gateway.front.rest_errors import error_headers, error_json
 from services.gateway.front.rest_exchange import Exchange
-from services.gateway.front.rest_fleet import Fleet, Handler, no_console
+from services.gateway.front.rest_fleet import Fleet, Handler
 from services.gateway.front.rest_rerank import rerank, score
 from services.gateway.front.rest_tokens import detokenize, tokenize
 from services.gateway.upstream.calls import DirectoryView, Forward, Watcher
@@ -83,10 +85,12 @@ def build_app(
     limits: Limits,
     observe: Watcher,
     draining: Callable[[], bool],
+    live: Live,
 ) -> Starlette:
     """The ASGI application. It has no lifespan; whoever runs it owns all that is handed in."""
     front = _Front(forward, keys, limits, observe, draining)
     fleet = Fleet(directory, observe, draining)
+    console = Pages(live)
 
     def route(path: str, method: str, handler: Handler, *, open_to_all: bool = False) -> Route:
         return Route(path, _Endpoint(front, path, method, handler, open_to_all=open_to_all))
@@ -106,7 +110,11 @@ def build_app(
             route("/readyz", "GET", fleet.ready, open_to_all=True),
             route("/metrics", "GET", fleet.metrics),
             route("/version", "GET", fleet.version, open_to_all=True),
-            *(route(path, "GET", no_console, open_to_all=True) for path in ("/console", "/console/{rest:path}")),
+            route("/console/api/state", "GET", console.state),
+            route("/console/api/events", "GET", console.events),
+            route("/console/api/explain", "GET", console.explain),
+            route("/console/api/requests/{id}", "GET", console.request),
+            *(route(path, "GET", console.file, open_to_all=True) for path in ("/console", "/console/{rest:path}")),
         ],
         exception_handlers={HTTPException: _no_such_path},
     )

@@ -59,10 +59,6 @@ class Fleet:
         await exchange.respond(orjson.dumps({"version": infermesh.__version__}))
 
 
-async def no_console(exchange: Exchange) -> None:
-    raise MeshError(Reason.NOT_FOUND, "the console is not there yet; use `infermesh instances` or GET /v1/models")
-
-
 def _entries(view: ModelView, allowed: tuple[str, ...]) -> Iterator[dict[str, Any]]:
     """The entries of a model that a key for the names `allowed` (empty = all) may see; what stands behind an alias is
     told only to those who may name it."""
