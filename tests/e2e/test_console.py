@@ -63,7 +63,7 @@ async def test_every_page_shows_what_the_mesh_does_and_a_killed_instance_as_such
                 shown.fill("#message", "Tell me about routers")
                 shown.fill("#longest", "60")
                 shown.keyboard.press("Control+Enter")
-                shown.wait_for_function("document.querySelector('.turn.assistant')?.innerText.includes(' w3')")
+                shown.locator(".turn.assistant").get_by_text("w3").wait_for(timeout=WAIT_MS)
                 by = shown.locator(".turn.assistant .by")
                 by.get_by_text("tokens/s").wait_for(timeout=WAIT_MS)
                 assert " w59" in shown.locator(".turn.assistant").inner_text()
@@ -86,7 +86,7 @@ async def test_every_page_shows_what_the_mesh_does_and_a_killed_instance_as_such
 
                 shown.click("nav >> text=Routing")
                 rows = shown.locator("tr.pick")
-                shown.wait_for_function("document.querySelectorAll('tr.pick').length >= 3", timeout=WAIT_MS)
+                rows.nth(2).wait_for(timeout=WAIT_MS)
                 rows.filter(has_text="chat").last.focus()
                 shown.keyboard.press("Enter")
                 chosen = shown.locator("section[aria-label=decision] tr.chosen")
@@ -145,7 +145,7 @@ async def test_keys_guard_what_is_shown_and_show_their_own(tmp_path: Path) -> No
         for key, role in secrets.items()
     ]
     keys = tmp_path / "keys.yaml"
-    keys.write_text("keys:\n" + "\n".join(lines) + "\n")
+    keys.write_text("version: 1\nkeys:\n" + "\n".join(lines) + "\n")
     secret = tmp_path / "operator.key"
     secret.write_text("operator-key")
     flags = (*FAST, "--keys", str(keys), "--operator-key-file", str(secret))

@@ -124,9 +124,7 @@ class Live:
             for model in self.directory.models()
             if may(model, model.id)
         ]
-        gateway = (
-            self._gateway | dict(self._numbers()) | {"registry_stale": self.directory.stale, "requests": self._count}
-        )
+        now = {"registry_stale": self.directory.stale, "requests": self._count, **self._numbers()}
         return {"now": self._clock(), "gateway": self._gateway | now, "models": models, "instances": instances}
 
     def since(self, number: int, caller: Caller) -> tuple[int, list[dict[str, Any]]]:

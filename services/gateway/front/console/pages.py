@@ -14,13 +14,13 @@ import orjson
 from infermesh.errors import MeshError, Reason, invalid
 from services.gateway.front.console.live import Live
 from services.gateway.front.disconnect import Attended
-from services.gateway.front.mesh import KINDS
 from services.gateway.front.rest_exchange import Exchange
 from services.gateway.front.sse import EventStream
 from services.gateway.past.decisions import shown
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.calls import Identity
 
+KINDS = ("llm", "embedding", "rerank")
 WATCHERS = 32  # pages that follow at once
 BEAT_S = 0.5
 QUIET_S = 10.0  # the state is told again after this long, changed or not
