@@ -24,6 +24,7 @@ VERBS: dict[str, str] = {
     "embed": "Turn texts into vectors.",
     "rerank": "Order documents by relevance to a query; without one: run a rerank service.",
     "instances": "List what is registered, and how it is doing.",
+    "top": "Watch the fleet, live.",
     "explain": "Show where a request would go, and why.",
     "plan": "Plan what runs on which card, and check it in virtual time.",
     "sim": "Try routing policies and fleets on a trace, in virtual time.",
