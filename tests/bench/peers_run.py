@@ -62,7 +62,7 @@ class Seen:
 @dataclass(slots=True)
 class Run:
     seen: list[Seen]
-    idle: list[float] = field(default_factory=list)  # share of the machine, each second
+    idle: list[float] = field(default_factory=list)  # share of the machine, each second: idle, or in nice work's hands
 
 
 def install(package: str, version: str) -> Path:
@@ -235,4 +235,5 @@ async def _watch(idle: list[float]) -> None:
     psutil.cpu_times_percent()
     while True:
         await asyncio.sleep(1.0)
-        idle.append(psutil.cpu_times_percent().idle / 100)
+        times = psutil.cpu_times_percent()
+        idle.append((times.idle + times.nice) / 100)

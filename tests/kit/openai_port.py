@@ -39,8 +39,10 @@ from services.llm.settings import LlmSettings
 from services.llm.window import OutOfWindow
 
 MAX_BODY = 64 << 20  # bytes
-# The text is always the same and holds no special tokens.
-WITHOUT_EFFECT = frozenset({"temperature", "top_p", "seed", "user", "skip_special_tokens"})
+# The text is always the same and holds neither special tokens nor reasoning.
+WITHOUT_EFFECT = frozenset({"temperature", "top_p", "seed", "user", "skip_special_tokens"}) | frozenset(
+    {"include_reasoning", "separate_reasoning", "stream_reasoning"}
+)
 SERVED = frozenset({"model", "prompt", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options"})
 ROLES = {"system": lm.ROLE_SYSTEM, "user": lm.ROLE_USER, "assistant": lm.ROLE_ASSISTANT, "tool": lm.ROLE_TOOL}
 FINISHES = {lm.FINISH_STOP: "stop", lm.FINISH_LENGTH: "length"}

@@ -1,7 +1,8 @@
 """Continuous batching as DESIGN §6 models it: what a step of the scripted engine computes, and how long it takes. Pure.
 
-A step gives every request that has its prompt computed one token (of each choice), and up to `chunk` prompt tokens to
-the oldest requests that have not. Blocks are reserved for the whole answer, so nothing is ever preempted.
+A step has room for `chunk` tokens: one for every request that has its prompt computed, the others for the prompts of
+those that have not, first those let in before, then those who wait. Blocks are reserved for the whole answer, so that
+nothing is ever preempted.
 """
 
 from __future__ import annotations
@@ -115,29 +116,28 @@ class Batch:
             job.lease = None
 
     def plan(self) -> Step | None:
-        """Lets waiting requests in, then says what the next step computes; None when there is nothing to do."""
-        while self.waiting and len(self.running) < self._max_running:
-            job = self.waiting[0]
-            job.lease = self._blocks.take(job.matchable, job.blocks)
-            if job.lease is None:
-                break
-            self.waiting.popleft()
-            job.cached = job.computed = BLOCK * len(job.lease.shared)
-            self.running[job] = None
-        if not self.running:
-            return None
-        seconds, room = 0.0, self._chunk
+        """What the next step computes; None when there is nothing to do. As in vLLM a waiting request is let in only
+        where the step has room for tokens of its prompt, and a block can be shared from the step that computes it on:
+        so of requests with one prefix, queued behind each other, the first computes it for all.
+        """
+        decode = [job for job in self.running if job.computed == job.prompt]
+        seconds, room = 0.0, max(1, self._chunk - len(decode))
         prefill: list[tuple[Job, int]] = []
-        decode: list[Job] = []
         for job in self.running:
-            missing = job.prompt - job.computed
-            if not missing:
-                decode.append(job)
-            elif room:
-                new = min(missing, room)
+            if room and job.computed < job.prompt:
+                new = self._begin(job, room)
                 room -= new
                 seconds += self._pace.prefill_s(new, job.computed)
                 prefill.append((job, new))
+        while room and self.waiting and len(self.running) < self._max_running and self._admit(self.waiting[0]):
+            job = self.waiting.popleft()
+            self.running[job] = None
+            new = self._begin(job, room)
+            room -= new
+            seconds += self._pace.prefill_s(new, job.computed)
+            prefill.append((job, new))
+        if not self.running:
+            return None
         if decode:
             seconds += self._pace.decode_s(self.resident_tokens if self._pace.kv_us_per_ktoken else 0)
         return Step(seconds, prefill, decode)
@@ -148,12 +148,26 @@ class Batch:
         for job, new in step.prefill:
             if job.lease is not None:
                 job.computed += new
-                self._blocks.publish(job.lease, job.chain[: job.computed // BLOCK])
                 if job.computed == job.prompt:
                     self._token(job, job.lease)
         for job in step.decode:
             if job.lease is not None:
                 self._token(job, job.lease)
+
+    def _admit(self, job: Job) -> bool:
+        """Takes its blocks, if there is room for them."""
+        job.lease = self._blocks.take(job.matchable, job.blocks)
+        if job.lease is None:
+            return False
+        job.cached = job.computed = BLOCK * len(job.lease.shared)
+        return True
+
+    def _begin(self, job: Job, room: int) -> int:
+        """How many tokens of its prompt this step computes."""
+        assert job.lease is not None
+        new = min(job.prompt - job.computed, room)
+        self._blocks.publish(job.lease, job.chain[: (job.computed + new) // BLOCK])
+        return new
 
     def _token(self, job: Job, lease: Lease) -> None:
         job.tokens.append(job.first_word + job.made)
