@@ -57,6 +57,9 @@ def command(
         Path | None, typer.Option(help="Where decisions about past requests are kept; .infermesh/explain unless told.")
     ] = None,
     explain_mib: Annotated[int | None, typer.Option(help="MiB of them, 64 unless told; 0: none.")] = None,
+    bans_file: Annotated[
+        Path | None, typer.Option(help="Keeps bans over a restart; .infermesh/bans/ID.json unless told.")
+    ] = None,
     otlp: Annotated[str | None, typer.Option(help="OTLP/gRPC endpoint for spans; none unless told.")] = None,
     channelz: Annotated[bool | None, typer.Option("--channelz", help="Serve channelz.")] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,

@@ -42,6 +42,8 @@ def command(
     for row in rows:
         if row["rejected_reason"]:
             print(f"{row['id']}: {row['rejected_reason']}")
+        elif row["why"]:
+            print(f"{row['id']}: {row['state']} for {row['since_s']:.0f} s: {row['why']}")
 
 
 def document(instance: Instance) -> dict[str, Any]:
@@ -69,6 +71,8 @@ def document(instance: Instance) -> dict[str, Any]:
         "kv_used_ratio": None if used is None else round(used, 4),
         "speed": speed,
         "weight": round(instance.weight, 6),
+        "why": instance.why,
+        "since_s": round(instance.since_s, 1),
         "rejected_reason": instance.rejected_reason,
     }
 

@@ -251,6 +251,25 @@ class Client:
         finally:
             call.cancel()
 
+    def undrain(self, instance_id: str, *, timeout: float | None = None) -> int:
+        """Takes back a drain that is under way (operator's key). Returns how many requests it runs."""
+        request = mesh_pb2.DrainInstanceRequest(instance_id=instance_id, undo=True)
+        reply, _ = self._unary(lambda channel: MeshServiceStub(channel).DrainInstance, request, timeout)
+        return int(reply.running)
+
+    def ban(
+        self, instance_id: str, *, why: str = "", by: str = "", for_s: float | None = None, timeout: float | None = None
+    ) -> None:
+        """Takes an instance out of work on all gateways, for `for_s` seconds or until `unban` (operator's key)."""
+        for_ms = None if for_s is None else max(1, round(for_s * 1000))
+        request = mesh_pb2.BanInstanceRequest(instance_id=instance_id, why=why, by=by, for_ms=for_ms)
+        self._unary(lambda channel: MeshServiceStub(channel).BanInstance, request, timeout)
+
+    def unban(self, instance_id: str, *, by: str = "", timeout: float | None = None) -> None:
+        """Lifts a ban (operator's key)."""
+        request = mesh_pb2.BanInstanceRequest(instance_id=instance_id, by=by, lift=True)
+        self._unary(lambda channel: MeshServiceStub(channel).BanInstance, request, timeout)
+
     # ---- calls
 
     def _channel(self, index: int) -> grpc.Channel:

@@ -143,18 +143,24 @@ class Instance(_message.Message):
     WEIGHT_FIELD_NUMBER: _builtins.int
     INCARNATION_FIELD_NUMBER: _builtins.int
     IN_FLIGHT_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
     id: _builtins.str
     kind: _builtins.str
     model: _builtins.str
     address: _builtins.str
     """host:port"""
     state: _builtins.str
-    """starting | healthy | suspect | draining | lost | rejected"""
+    """starting | healthy | suspect | ejected | probation | draining | banned | lost | rejected"""
     rejected_reason: _builtins.str
     weight: _builtins.float
     incarnation: _builtins.int
     in_flight: _builtins.int
     """this gateway's own requests there"""
+    why: _builtins.str
+    """it is in this state; empty where the state says it all"""
+    since_s: _builtins.float
+    """seconds in this state, as this gateway sees it"""
     @_builtins.property
     def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]: ...
     @_builtins.property
@@ -173,10 +179,12 @@ class Instance(_message.Message):
         weight: _builtins.float = ...,
         incarnation: _builtins.int = ...,
         in_flight: _builtins.int = ...,
+        why: _builtins.str = ...,
+        since_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "id", b"id", "in_flight", b"in_flight", "incarnation", b"incarnation", "kind", b"kind", "load", b"load", "metadata", b"metadata", "model", b"model", "rejected_reason", b"rejected_reason", "state", b"state", "weight", b"weight"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "id", b"id", "in_flight", b"in_flight", "incarnation", b"incarnation", "kind", b"kind", "load", b"load", "metadata", b"metadata", "model", b"model", "rejected_reason", b"rejected_reason", "since_s", b"since_s", "state", b"state", "weight", b"weight", "why", b"why"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,19 +346,23 @@ class DrainInstanceRequest(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     GRACE_MS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     grace_ms: _builtins.int
     reason: _builtins.str
+    undo: _builtins.bool
+    """take back a drain that is under way"""
     def __init__(
         self,
         *,
         instance_id: _builtins.str = ...,
         grace_ms: _builtins.int | None = ...,
         reason: _builtins.str = ...,
+        undo: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms", "grace_ms", b"grace_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms", "grace_ms", b"grace_ms", "instance_id", b"instance_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms", "grace_ms", b"grace_ms", "instance_id", b"instance_id", "reason", b"reason", "undo", b"undo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace_ms: _TypeAlias = _typing.Literal["grace_ms"]  # noqa: Y015
     _WhichOneofArgType__grace_ms: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms"]  # noqa: Y015
@@ -376,6 +388,57 @@ class DrainInstanceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainInstanceResponse: _TypeAlias = DrainInstanceResponse  # noqa: Y015
+
+@_typing.final
+class BanInstanceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    FOR_MS_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    BY_FIELD_NUMBER: _builtins.int
+    LIFT_FIELD_NUMBER: _builtins.int
+    instance_id: _builtins.str
+    """it need not be registered now"""
+    for_ms: _builtins.int
+    """unset = until it is lifted"""
+    why: _builtins.str
+    by: _builtins.str
+    """who, for people to read"""
+    lift: _builtins.bool
+    def __init__(
+        self,
+        *,
+        instance_id: _builtins.str = ...,
+        for_ms: _builtins.int | None = ...,
+        why: _builtins.str = ...,
+        by: _builtins.str = ...,
+        lift: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_for_ms", b"_for_ms", "for_ms", b"for_ms"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_for_ms", b"_for_ms", "by", b"by", "for_ms", b"for_ms", "instance_id", b"instance_id", "lift", b"lift", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__for_ms: _TypeAlias = _typing.Literal["for_ms"]  # noqa: Y015
+    _WhichOneofArgType__for_ms: _TypeAlias = _typing.Literal["_for_ms", b"_for_ms"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__for_ms) -> _WhichOneofReturnType__for_ms | None: ...
+
+Global___BanInstanceRequest: _TypeAlias = BanInstanceRequest  # noqa: Y015
+
+@_typing.final
+class BanInstanceResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BanInstanceResponse: _TypeAlias = BanInstanceResponse  # noqa: Y015
 
 @_typing.final
 class RecordTrafficRequest(_message.Message):

@@ -69,6 +69,11 @@ class MeshServiceStub:
                 request_serializer=infermesh_dot_v1_dot_mesh__pb2.DrainInstanceRequest.SerializeToString,
                 response_deserializer=infermesh_dot_v1_dot_mesh__pb2.DrainInstanceResponse.FromString,
                 _registered_method=True)
+        self.BanInstance = channel.unary_unary(
+                '/infermesh.v1.MeshService/BanInstance',
+                request_serializer=infermesh_dot_v1_dot_mesh__pb2.BanInstanceRequest.SerializeToString,
+                response_deserializer=infermesh_dot_v1_dot_mesh__pb2.BanInstanceResponse.FromString,
+                _registered_method=True)
 
 
 class MeshServiceServicer:
@@ -124,6 +129,13 @@ class MeshServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def BanInstance(self, request, context):
+        """Takes an instance out of work on all gateways, whether it answers or not, or lifts that (operator's key).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MeshServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -161,6 +173,11 @@ def add_MeshServiceServicer_to_server(servicer, server):
                     servicer.DrainInstance,
                     request_deserializer=infermesh_dot_v1_dot_mesh__pb2.DrainInstanceRequest.FromString,
                     response_serializer=infermesh_dot_v1_dot_mesh__pb2.DrainInstanceResponse.SerializeToString,
+            ),
+            'BanInstance': grpc.unary_unary_rpc_method_handler(
+                    servicer.BanInstance,
+                    request_deserializer=infermesh_dot_v1_dot_mesh__pb2.BanInstanceRequest.FromString,
+                    response_serializer=infermesh_dot_v1_dot_mesh__pb2.BanInstanceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -352,6 +369,33 @@ class MeshService:
             '/infermesh.v1.MeshService/DrainInstance',
             infermesh_dot_v1_dot_mesh__pb2.DrainInstanceRequest.SerializeToString,
             infermesh_dot_v1_dot_mesh__pb2.DrainInstanceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BanInstance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/infermesh.v1.MeshService/BanInstance',
+            infermesh_dot_v1_dot_mesh__pb2.BanInstanceRequest.SerializeToString,
+            infermesh_dot_v1_dot_mesh__pb2.BanInstanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -47,6 +47,8 @@ class MeshServiceStub:
     """
     DrainInstance: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.DrainInstanceRequest, _mesh_pb2.DrainInstanceResponse]
     """Drains an instance wherever it runs (operator's key)."""
+    BanInstance: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.BanInstanceRequest, _mesh_pb2.BanInstanceResponse]
+    """Takes an instance out of work on all gateways, whether it answers or not, or lifts that (operator's key)."""
 
 @_typing.type_check_only
 class MeshServiceAsyncStub(MeshServiceStub):
@@ -67,6 +69,8 @@ class MeshServiceAsyncStub(MeshServiceStub):
     """
     DrainInstance: _aio.UnaryUnaryMultiCallable[_mesh_pb2.DrainInstanceRequest, _mesh_pb2.DrainInstanceResponse]  # type: ignore[assignment]
     """Drains an instance wherever it runs (operator's key)."""
+    BanInstance: _aio.UnaryUnaryMultiCallable[_mesh_pb2.BanInstanceRequest, _mesh_pb2.BanInstanceResponse]  # type: ignore[assignment]
+    """Takes an instance out of work on all gateways, whether it answers or not, or lifts that (operator's key)."""
 
 class MeshServiceServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -126,5 +130,13 @@ class MeshServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_mesh_pb2.DrainInstanceResponse, _abc.Awaitable[_mesh_pb2.DrainInstanceResponse]]:
         """Drains an instance wherever it runs (operator's key)."""
+
+    @_abc_1.abstractmethod
+    def BanInstance(
+        self,
+        request: _mesh_pb2.BanInstanceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_mesh_pb2.BanInstanceResponse, _abc.Awaitable[_mesh_pb2.BanInstanceResponse]]:
+        """Takes an instance out of work on all gateways, whether it answers or not, or lifts that (operator's key)."""
 
 def add_MeshServiceServicer_to_server(servicer: MeshServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

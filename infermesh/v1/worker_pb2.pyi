@@ -472,21 +472,25 @@ class DrainRequest(_message.Message):
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     GRACE_MS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    UNDO_FIELD_NUMBER: _builtins.int
     instance_id: _builtins.str
     """for gateways: whom; an instance accepts its own id or none"""
     grace_ms: _builtins.int
     """unset = the instance's setting"""
     reason: _builtins.str
+    undo: _builtins.bool
+    """take back a drain that is under way: register again and serve on"""
     def __init__(
         self,
         *,
         instance_id: _builtins.str = ...,
         grace_ms: _builtins.int | None = ...,
         reason: _builtins.str = ...,
+        undo: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms", "grace_ms", b"grace_ms"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms", "grace_ms", b"grace_ms", "instance_id", b"instance_id", "reason", b"reason"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms", "grace_ms", b"grace_ms", "instance_id", b"instance_id", "reason", b"reason", "undo", b"undo"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__grace_ms: _TypeAlias = _typing.Literal["grace_ms"]  # noqa: Y015
     _WhichOneofArgType__grace_ms: _TypeAlias = _typing.Literal["_grace_ms", b"_grace_ms"]  # noqa: Y015

@@ -99,7 +99,7 @@ async def _live(
     settings, identity = context.settings, context.identity
     endpoint = settings.draft(identity.instance_id, *address, identity.incarnation)
     server = Server(program.service_names, max_streams=2 * (settings.max_running or 1024) + 64)
-    worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask, program.held)
+    worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask, program.held, stop.undo)
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
     bound = await server.start(settings.listen, [WORKER_SERVICE])
@@ -107,12 +107,17 @@ async def _live(
     stop.listen()
 
     async def serving(yes: bool) -> None:
-        if not yes:
+        if yes:
+            worker.retract_drain()
+        else:
             worker.announce_drain(_grace_s(settings, stop))
         await server.enter(Phase.SERVING if yes else Phase.DRAINING)
 
     async def drain(grace_s: float) -> None:
-        if not died.done() and not await context.arrivals.wait_idle(_grace_s(settings, stop)):
+        if died.done():
+            return
+        idle = asyncio.ensure_future(context.arrivals.wait_idle(_grace_s(settings, stop)))
+        if await _first(idle, stop.undone) and not idle.result():
             log.warning("grace period over", still_running=context.arrivals.running)
 
     try:
@@ -126,10 +131,13 @@ async def _live(
         gc.freeze()  # what is loaded stays; a full collection would walk it again and again, with the loop held
         registries = [] if registry is None else [registry]
         departure = Departure(settle_s=SETTLE_S if registries else 0.0)
-        async with present(registries, endpoint, serving=serving, drain=drain, departure=departure):
-            tell_ready(settings.ready_file, _facts(endpoint, bound))
-            log.info("serving", address=endpoint.address, model=endpoint.model, engine=endpoint.engine)
-            return await _until_over(died, stop)
+        while True:
+            async with present(registries, endpoint, serving=serving, drain=drain, departure=departure):
+                tell_ready(settings.ready_file, _facts(endpoint, bound))
+                log.info("serving", address=endpoint.address, model=endpoint.model, engine=endpoint.engine)
+                code = await _until_over(died, stop)
+            if code or not stop.resume():
+                return code
     finally:
         died.cancel()
         worker.announce_goodbye("stopped")
@@ -149,13 +157,18 @@ def _refuse(error: Exception) -> int:
 
 async def _unless_stopped(loading: asyncio.Future[Endpoint], stop: Stop) -> bool:
     """Waits for the model; False when the process is told to stop first."""
-    asked = asyncio.ensure_future(stop.asked.wait())
-    either: set[asyncio.Future[Any]] = {loading, asked}
+    return await _first(loading, stop.asked)
+
+
+async def _first(work: asyncio.Future[Any], event: asyncio.Event) -> bool:
+    """Whether the work is done before the event comes; else it is cancelled."""
+    came = asyncio.ensure_future(event.wait())
+    either: set[asyncio.Future[Any]] = {work, came}
     await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-    asked.cancel()
-    if loading.done():
+    came.cancel()
+    if work.done():
         return True
-    loading.cancel()
+    work.cancel()
     return False
 
 

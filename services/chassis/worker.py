@@ -26,7 +26,8 @@ log = structlog.get_logger("worker")
 
 
 class Worker(worker_pb2_grpc.WorkerServiceServicer):
-    """`drain` is called once with the grace in seconds, or None for the instance's own setting."""
+    """`drain` is called with the grace in seconds, or None for the instance's own setting; `undo` takes that back, and
+    tells whether it can be."""
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         keys: Keys,
         drain: Callable[[float | None], None],
         held: HeldPrefixes | None = None,
+        undo: Callable[[], bool] = lambda: False,
     ) -> None:
         self._endpoint = endpoint
         self._load = load
@@ -43,6 +45,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._keys = keys
         self._drain = drain
         self._held = held or HeldPrefixes()
+        self._undo = undo
         self._draining = False
         self._grace_s = 0.0
         self._leaving = ""
@@ -52,6 +55,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         """Tells every linked gateway."""
         self._grace_s = grace_s
         self._draining = True
+        self._tell()
+
+    def retract_drain(self) -> None:
+        """It serves on. Links that have told of the drain end, and the next ones do not tell of it."""
+        self._draining = False
         self._tell()
 
     def announce_goodbye(self, why: str) -> None:
@@ -82,6 +90,11 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         mine = self._endpoint().id
         if request.instance_id not in ("", mine):
             raise invalid("instance_id", f"this is {mine}")
+        if request.undo:
+            if not self._undo():
+                raise MeshError(Reason.FAILED_PRECONDITION, f"{mine} is under no drain that could be taken back")
+            log.info("drain taken back", reason=request.reason)
+            return wk.DrainResponse(running=self._arrivals.running)
         log.info("drain asked", reason=request.reason)
         self._drain(request.grace_ms / 1000 if request.HasField("grace_ms") else None)
         return wk.DrainResponse(running=self._arrivals.running)
@@ -128,6 +141,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             news = self._news
             if self._leaving:
                 yield wk.LinkResponse(goodbye=wk.WorkerGoodbye(why=self._leaving))
+                return
+            if told and not self._draining:
                 return
             if self._draining and not told:
                 told = True

@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import structlog
@@ -28,7 +28,7 @@ from services.chassis.registering import connect_registry, operator_key
 from services.chassis.server import Phase, Server
 from services.chassis.settings import split_address
 from services.chassis.signals import Stop
-from services.gateway.config import DEFAULT_PAST, GatewaySettings
+from services.gateway.config import DEFAULT_BANS, DEFAULT_PAST, GatewaySettings
 from services.gateway.front import rpc
 from services.gateway.front.answer import Answer
 from services.gateway.front.console.live import Live
@@ -44,6 +44,7 @@ from services.gateway.past.traffic import Traffic
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.router import Router
 from services.gateway.tracing import Tracing
+from services.gateway.upstream.bans import BanBoard
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.channels import Channels
 from services.gateway.upstream.directory import Directory
@@ -109,12 +110,20 @@ async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMe
         version=infermesh.__version__,
         extra={"http": _http_address(gateway)} if gateway.rest else {},
     )
+    bans, own = gateway.directory.bans, endpoint.extra
+    endpoint = replace(endpoint, extra={**own, **bans.metadata})
     code = 1
     try:
         await _rest_started(gateway, tasks)
         await gateway.server.enter(Phase.SERVING)
         if gateway.registry is not None:
             await gateway.registry.register(endpoint)
+            registry = gateway.registry
+
+            async def publish(metadata: dict[str, str]) -> None:
+                await registry.renew(replace(endpoint, extra={**own, **metadata}))
+
+            bans.publish = publish
         _ready(gateway, endpoint, bound)
         log.info("serving", grpc=f"{host}:{bound}", http=_http_address(gateway))
         # What is loaded by now stays: a full collection would walk it again and again (tens of ms on the loop).
@@ -150,7 +159,10 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     carrier = Carrier(router, Channels(), observe, clock, f"Bearer {key}" if key else "")
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"
-    directory = Directory(carrier, life, settings.weights, policy.aliases)
+    port = split_address(settings.grpc)[1]
+    name = settings.id or (f"gateway-{port}" if port else "")  # by which its file is found again
+    bans = BanBoard(carrier, settings.bans_file or (DEFAULT_BANS / f"{name}.json" if name else None))
+    directory = Directory(carrier, life, settings.weights, policy.aliases, bans)
     forwarder = Forwarder(
         carrier,
         observe,
@@ -226,8 +238,10 @@ async def _listen(gateway: Gateway) -> tuple[int, str, int]:
 
 def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
     """What runs beside requests. None of it ends while the gateway lives."""
-    jobs = {"tick": gateway.carrier.run(), "links": gateway.directory.run()}
+    bans = gateway.directory.bans
+    jobs = {"tick": gateway.carrier.run(), "links": gateway.directory.run(), "bans": bans.run()}
     if gateway.registry is not None:
+        jobs["gateways"] = bans.watch(gateway.registry)
         jobs["registry"] = gateway.directory.watch(gateway.registry)
     if gateway.decisions is not None:
         jobs["decisions"] = gateway.decisions.run()

@@ -12,6 +12,7 @@ from services.chassis.settings import bind_fault, faults, split_address
 from services.gateway.routing.policy import Policy
 
 DEFAULT_PAST = Path(".infermesh/explain")
+DEFAULT_BANS = Path(".infermesh/bans")  # a file a gateway
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -103,6 +104,7 @@ class GatewaySettings(RegistrySettings):
     time_granularity_s: int = Field(default=86_400, ge=1)  # prompts see the time rounded down to this
     explain_dir: Path | None = None  # of past decisions; None: DEFAULT_PAST, where that can be written
     explain_mib: int = Field(default=64, ge=0, le=1 << 20)  # 0: none are kept
+    bans_file: Path | None = None  # keeps the operator's bans over a restart; None: DEFAULT_BANS
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp: str = ""  # OTLP/gRPC endpoint; empty: no spans
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0

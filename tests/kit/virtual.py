@@ -107,7 +107,9 @@ class Virtual:
     def do(self, effects: Iterable[Effect]) -> None:
         for effect in effects:
             self.log.append((self.now, effect))
-            if isinstance(effect, Probe):
+            if isinstance(effect, Dispatch):  # somebody who waited, and has gone
+                self.end(effect.lease, End.CANCELLED)
+            elif isinstance(effect, Probe):
                 self._probes.append((self.now + PROBE_S, effect.instance_id))
             elif isinstance(effect, Abandon) and effect.seq in self.leases:
                 self.end(self.leases[effect.seq], End.LOST, Reason.INSTANCE_LOST)

@@ -37,6 +37,7 @@ def test_attempts_deadline_and_budget_bound_it() -> None:
     assert next(failed, Progress(3, 0, 10), Budget(live=1)) is Next.STOP
     assert next(failed, Progress(1, 0, 0.001), Budget(live=1)) is Next.STOP
     assert next(failed, FRESH, Budget(live=1, retrying=3)) is Next.STOP
+    assert next(failed, FRESH, Budget(live=1, credit=0.9)) is Next.STOP
     assert next(failed, FRESH, Budget(live=100, retrying=19)) is Next.OTHER
     assert next(failed, FRESH, Budget(live=100, retrying=20)) is Next.STOP
 
@@ -66,3 +67,15 @@ def test_a_refusal_before_dispatch_costs_no_budget() -> None:
     for reason in FREE:
         assert next(reason, Progress(3, 0, 10), Budget(live=1, retrying=9)) is Next.OTHER
         assert next(reason, replace(UNDER_WAY, attempts=3), Budget(live=1, retrying=9)) is Next.RESUME
+
+
+def test_where_everything_fails_at_once_retries_stay_below_a_fifth_of_the_requests() -> None:
+    """One after the other, so that never many run at a time."""
+    budget, retries = Budget(), 0
+    for _ in range(1000):
+        budget.enter()
+        if next(Reason.ENGINE_FAILED, FRESH, budget) is Next.OTHER:
+            budget.spend()
+            retries += 1
+        budget.live -= 1
+    assert 150 <= retries <= 200

@@ -38,6 +38,11 @@ def test_an_engine_that_stands_still_is_suspect_then_out_and_its_calls_move() ->
     assert mesh.ejected("a")[0] - began <= 2.5
     assert {mesh.ends.get(lease.seq) for lease in of(leases, "a")} == {"lost"}
     assert not any(lease.seq in mesh.ends for lease in of(leases, "b"))
+    mesh.instances["a"].working = True
+    mesh.run(8.0)
+    assert mesh.state("a") == "probation"
+    trial = mesh.pick()
+    assert trial is not None and trial.instance_id == "a", "it is tried as soon as there is anything to try"
 
 
 def test_a_process_whose_loop_is_blocked_is_out_within_two_and_a_half_seconds_and_back_after_two_probes() -> None:

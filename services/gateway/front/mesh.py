@@ -8,7 +8,7 @@ import secrets
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
-from infermesh.errors import MeshError, Reason
+from infermesh.errors import MeshError, Reason, invalid
 from infermesh.v1 import mesh_pb2 as ms
 from infermesh.v1 import mesh_pb2_grpc
 from infermesh.v1.worker_pb2 import Load
@@ -110,8 +110,17 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
     async def DrainInstance(self, request: ms.DrainInstanceRequest, context: Context) -> ms.DrainInstanceResponse:
         self._keys.operator(metadata_value(context, "authorization"))
         grace_ms = request.grace_ms if request.HasField("grace_ms") else None
-        running = await self._directory.drain(request.instance_id, grace_ms, request.reason)
+        running = await self._directory.drain(request.instance_id, grace_ms, request.reason, undo=request.undo)
         return ms.DrainInstanceResponse(running=running)
+
+    @unary
+    async def BanInstance(self, request: ms.BanInstanceRequest, context: Context) -> ms.BanInstanceResponse:
+        self._keys.operator(metadata_value(context, "authorization"))
+        if not request.instance_id:
+            raise invalid("instance_id", "whom?")
+        for_s = request.for_ms / 1000 if request.HasField("for_ms") else None
+        await self._directory.ban(request.instance_id, request.by, request.why, for_s, lifted=request.lift)
+        return ms.BanInstanceResponse()
 
     @unary
     async def Pick(self, request: ms.PickRequest, context: Context) -> ms.PickResponse:
@@ -151,6 +160,8 @@ def instance_message(view: InstanceView) -> ms.Instance:
         weight=view.weight,
         incarnation=view.incarnation,
         in_flight=view.in_flight,
+        why=view.why,
+        since_s=view.since_s,
     )
 
 

@@ -121,7 +121,7 @@ def choose(
             line = instance.line.ahead_s(work) * crowd
         ready = slot and (asks or (not room and instance.is_open(wait, crowd)))
         seconds = (wait, line, room, work * price, reserve, decode)
-        weight = rates.weight * instance.share
+        weight = rates.weight * instance.share * instance.pace.share
         candidates.append(Candidate(endpoint.id, sum(seconds) / weight, seconds, weight, cached, ready))
         details.append((work, step))
     index, reason = _cheapest(candidates, details, facts, held, draw)

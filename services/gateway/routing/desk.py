@@ -38,6 +38,7 @@ class Desk:
         self.awake = Awake()
         self.looked = 0.0  # awake
         self.ejections = Ejections(salt)
+        self.bans: dict[str, str] = {}  # instance -> who banned it and why
         self.young = False
         self.stale = True  # until somebody has told what there is
         self.ever: set[Lane] = set()

@@ -11,7 +11,7 @@ from zlib import crc32
 
 FIRST_S, LONGEST_S = 5.0, 60.0
 JITTER = 0.2
-FORGIVE_S = 60.0  # without another one takes one strike away
+FORGIVE_S = 10.0  # of good conduct take one strike away, as in Envoy
 RAMP_S = 30.0  # slow start: Envoy's formula with aggression 1
 RAMP_FROM = 0.1
 

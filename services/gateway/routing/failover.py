@@ -12,6 +12,8 @@ MAX_ENGINE_FAILURES = 2  # of one request: what breaks two engines would break t
 MAX_RESUMES = 3  # of one answer: even one that kills its instance after some tokens takes no fleet down
 RETRY_SHARE = 0.2  # of live requests
 MIN_RETRIES = 3  # concurrent, however little traffic there is
+EARNED = 0.15  # of a retry, by each request: where all fails quickly, few run at once and yet many in a second
+RESERVE, MOST_CREDIT = 10.0, 100.0  # retries
 MIN_TIME_S = 0.005  # with less left before the deadline, another attempt only adds load
 
 # The instance said no before it began: going elsewhere costs the fleet nothing, so it is not a retry.
@@ -46,13 +48,23 @@ class Progress:
 
 @dataclass(slots=True)
 class Budget:
-    """Retries under way, against requests under way."""
+    """Retries under way, against requests under way; and retries made, against requests that came (`credit`: Finagle's
+    budget, without its clock)."""
 
     live: int = 0
     retrying: int = 0
+    credit: float = RESERVE
+
+    def enter(self) -> None:
+        self.live += 1
+        self.credit = min(MOST_CREDIT, self.credit + EARNED)
+
+    def spend(self) -> None:
+        """A retry that counts is made."""
+        self.credit -= 1
 
     def allows(self) -> bool:
-        return self.retrying < max(MIN_RETRIES, RETRY_SHARE * self.live)
+        return self.credit >= 1 and self.retrying < max(MIN_RETRIES, RETRY_SHARE * self.live)
 
 
 def next(reason: Reason, progress: Progress, budget: Budget) -> Next:

@@ -8,6 +8,7 @@ from registry.endpoint import Endpoint
 from services.gateway.routing.health import Link, State, Voices
 from services.gateway.routing.ledger import US, Ledger
 from services.gateway.routing.line import Line
+from services.gateway.routing.pace import Pace
 from services.gateway.routing.pulse import Vital
 from services.gateway.routing.rates import Rates
 from services.gateway.routing.reserve import Reserve
@@ -27,6 +28,7 @@ class Instance:
     ledger: Ledger = field(default_factory=Ledger)
     vital: Vital = field(default_factory=Vital)
     tally: Tally = field(default_factory=Tally)
+    pace: Pace = field(default_factory=Pace)
     line: Line = field(default_factory=Line)
     reserve: Reserve = field(default_factory=Reserve)
     state: State = State.STARTING
@@ -52,6 +54,15 @@ class Instance:
     @property
     def is_linked(self) -> bool:
         return self.voices.link is Link.UP
+
+    def why(self) -> str:
+        """What an operator should know of its state; empty where the state says it all."""
+        said = self.voices.reason()
+        if not said and self.share < 1:
+            return f"slow start, at {self.share:.0%} of its weight"
+        if not said and self.pace.share < 1:
+            return f"slower than it should be, at {self.pace.share:.0%} of its weight"
+        return said
 
     def has_slot(self, now: float) -> bool:
         """`max_running` is the gateway's cap too; an unknown one caps nothing."""

@@ -10,6 +10,7 @@ from services.gateway.routing.facts import End, Outcome
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.health import PASSES, Cause, Link, Signal, Standing, State
 from services.gateway.routing.ledger import Entry
+from services.gateway.routing.pace import Pace
 from services.gateway.routing.tally import Tally
 
 SILENT_S = 1.0  # a call of an instance that is out, so long without a sign of life, is moved
@@ -78,7 +79,7 @@ def convict(desk: Desk, instance: Instance, cause: Cause, why: str, now: float) 
     voices.cause, voices.why = cause, why
     voices.until = desk.ejections.strike(instance.id, now, free=cause.evident)
     instance.asked = desk.awake.now
-    instance.tally = Tally()
+    instance.tally, instance.pace = Tally(), Pace()  # it was not slow, it was out
     instance.ramp_from, instance.share = None, panic.EJECTED_SHARE
     return update(desk, instance, cause, why, now)
 

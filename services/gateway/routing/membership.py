@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from services.gateway.routing import judge, panic, serving
 from services.gateway.routing.decision import Close, Effect, Eject
@@ -35,6 +35,16 @@ def update(desk: Desk, members: Iterable[Member], now: float, *, young: bool, st
         effects += judge.update(desk, instance, Cause.GONE, "the registry gave it up", now)
     desk.ever.update(fleet.pools)
     return effects + settle(desk, now)
+
+
+def ban(desk: Desk, bans: Mapping[str, str], now: float) -> list[Effect]:
+    """All that the operator has banned: they take no more work, and finish what they have."""
+    desk.bans = dict(bans)
+    effects: list[Effect] = []
+    for instance in list(desk.fleet.instances.values()):
+        instance.voices.banned = bans.get(instance.id, "")
+        effects += refresh(desk, instance, Cause.BANNED, instance.voices.banned, now)
+    return effects
 
 
 def hear(
@@ -120,6 +130,7 @@ def _member(desk: Desk, member: Member, now: float) -> list[Effect]:
     if back is not None:  # the same life returned while work of ours still runs there
         fresh.ledger = back.ledger
         fresh.ledger.forget_report()
+    fresh.voices.banned = desk.bans.get(endpoint.id, "")
     until = desk.ejections.until(endpoint.id)
     if until > now:
         voices, times = fresh.voices, desk.ejections.count(endpoint.id)

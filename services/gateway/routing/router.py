@@ -115,14 +115,15 @@ class Router:
         return membership.update(self._desk, members, now, young=young, stale=stale)
 
     def linked(self, id: str, incarnation: int, now: float, *, beats: bool = False) -> list[Effect]:
-        """The Link to this life stands and its hello was right. `beats`: it promised a frame a second at least."""
+        """The Link to this life stands and its hello was right; if it drains, it says so next. `beats`: it promised a
+        frame a second at least."""
         instance = self.fleet.instances.get(id)
         effects: list[Effect] = []
         if instance is not None and instance.endpoint.incarnation == incarnation:
             instance.beats, instance.heard, instance.stepped = beats, self._desk.awake.now, None
             if instance.voices.standing is Standing.DOUBTED and instance.voices.cause in (Cause.LOST, Cause.SILENT):
                 effects = judge.cleared(self._desk, instance, now)
-        return effects + membership.hear(self._desk, id, incarnation, "", now, link=Link.UP)
+        return effects + membership.hear(self._desk, id, incarnation, "", now, link=Link.UP, draining=False)
 
     def unlinked(self, id: str, incarnation: int, why: str, now: float) -> list[Effect]:
         """The Link broke, or cannot be made."""
@@ -139,6 +140,10 @@ class Router:
         """The instance left of its own will."""
         said = {"link": Link.DOWN, "registered": False, "draining": True}
         return membership.hear(self._desk, id, incarnation, "goodbye", now, Cause.LEFT, **said)
+
+    def ban(self, bans: Mapping[str, str], now: float) -> list[Effect]:
+        """The operator's whole word: instance -> who banned it and why. Nobody else is banned."""
+        return membership.ban(self._desk, bans, now)
 
     def probed(self, id: str, incarnation: int, well: bool, now: float) -> list[Effect]:
         """The answer to a Probe."""

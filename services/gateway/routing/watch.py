@@ -13,6 +13,7 @@ from services.gateway.routing.ejections import FIRST_S, ramp
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.health import Cause, Link, Standing
 from services.gateway.routing.ledger import US
+from services.gateway.routing.pace import EVERY_S, share
 
 LOOK_S = 0.2
 QUIET_S = 1.5  # frames come at least every second
@@ -42,6 +43,8 @@ def look(desk: Desk, now: float) -> list[Effect]:
     for instance in list(desk.fleet.instances.values()):
         if instance.ramp_from is not None:
             _ramp(instance, now)
+        if awake - instance.pace.at >= EVERY_S and instance.state not in judge.OUT:
+            _pace(desk, instance)
         effects += _look(desk, instance, now)
     for instance in list(desk.fleet.leaving.values()):
         effects += judge.move_calls(desk, instance, f"{instance.id} has left")
@@ -138,6 +141,14 @@ def _stalls(desk: Desk, instance: Instance, now: float) -> list[Effect]:
         if silent >= bound:
             effects.append(judge.abandon(seq, entry, f"silent for {silent:.1f} s while {instance.id} works"))
     return effects
+
+
+def _pace(desk: Desk, instance: Instance) -> None:
+    ledger, pace = instance.ledger, instance.pace
+    streams = sum(entry.slots for entry in ledger.entries.values() if entry.started_at and entry.pulse.heeded)
+    pace.note(desk.awake.now, instance.vital.tokens, streams, instance.rates.step(ledger.resident_tokens()))
+    pools = desk.fleet.pools_of(instance)
+    pace.share = share(pace, [other.pace for other in pools[0] if other is not instance] if pools else ())
 
 
 def _ramp(instance: Instance, now: float) -> None:

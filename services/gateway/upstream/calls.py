@@ -126,7 +126,8 @@ class ModelView:
 class InstanceView:
     """One line of `instances`. `running`, `waiting`, `kv_used_ratio` are its own last report, None = unknown.
 
-    `in_flight` is what this gateway has there. `state`: starting | healthy | suspect | draining | lost | rejected.
+    `in_flight` is what this gateway has there. `state`: a word of
+    routing.health.State, or `rejected`; `why` and `since_s` (seconds) belong to it.
     """
 
     id: str
@@ -146,6 +147,8 @@ class InstanceView:
     in_flight: int = 0
     aliases: tuple[str, ...] = ()
     metadata: Mapping[str, str] = field(default_factory=dict)
+    why: str = ""
+    since_s: float = 0.0
 
 
 class DirectoryView(Protocol):

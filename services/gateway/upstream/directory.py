@@ -20,6 +20,7 @@ from services.gateway.routing.facts import Facts, Member
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.health import State
 from services.gateway.routing.policy import Variants
+from services.gateway.upstream.bans import BanBoard
 from services.gateway.upstream.calls import InstanceView, ModelView
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.link import Link
@@ -38,8 +39,10 @@ class Directory:
         gateway_id: str,
         weights: Mapping[str, float] | None = None,
         aliases: Mapping[str, Variants] | None = None,
+        bans: BanBoard | None = None,
     ) -> None:
         self._carrier = carrier
+        self.bans = bans or BanBoard(carrier)
         self._gateway_id = gateway_id
         self._weights = dict(weights or {})
         self.aliases = dict(aliases or {})
@@ -141,7 +144,8 @@ class Directory:
     @property
     def healthy(self) -> int:
         instances = self._carrier.router.fleet.instances.values()
-        return sum(instance.state is State.HEALTHY for instance in instances)
+        working = (State.HEALTHY, State.PROBATION)
+        return sum(instance.state in working or instance.spare for instance in instances)
 
     async def changed(self) -> None:
         """Until the fleet looks different."""
@@ -151,8 +155,8 @@ class Directory:
         """Where the request would go now. Reserves nothing."""
         return self._carrier.router.explain(facts, self._carrier.now())
 
-    async def drain(self, instance_id: str, grace_ms: int | None, reason: str) -> int:
-        """Tells an instance to leave. Returns how many requests it still finishes.
+    async def drain(self, instance_id: str, grace_ms: int | None, reason: str, *, undo: bool = False) -> int:
+        """Tells an instance to leave, or, while it still finishes its work, to stay. Returns how many requests run.
 
         Raises:
             MeshError: NOT_FOUND; or the instance's own refusal.
@@ -161,12 +165,24 @@ class Directory:
         if instance is None:
             raise MeshError(Reason.NOT_FOUND, f"no instance {instance_id!r}; `infermesh instances` lists them")
         line = self._carrier.channels.open(instance.endpoint)
-        request = wk.DrainRequest(instance_id=instance_id, grace_ms=grace_ms, reason=reason)
+        request = wk.DrainRequest(instance_id=instance_id, grace_ms=grace_ms, reason=reason, undo=undo)
         try:
             reply = await line.worker.Drain(request, metadata=self._carrier.metadata, timeout=DRAIN_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
         return reply.running
+
+    async def ban(self, instance_id: str, by: str, why: str, for_s: float | None, *, lifted: bool = False) -> None:
+        """Takes an instance out of work on all gateways, or lifts that. It need not be registered now.
+
+        Raises:
+            MeshError: NOT_FOUND for a ban to lift that is not there; FAILED_PRECONDITION: too many.
+        """
+        if lifted and instance_id not in self.bans.holding:
+            raise MeshError(
+                Reason.NOT_FOUND, f"{instance_id!r} is not banned; `infermesh instances` lists those who are"
+            )
+        await self.bans.put(instance_id, by, why, for_s, lifted=lifted)
 
     def _view(self, instance: Instance) -> InstanceView:
         """What it registered and how it is now. The first is slow to write out, and a fleet may be hundreds."""
@@ -179,6 +195,8 @@ class Directory:
         return dataclasses.replace(
             still[1],
             state="rejected" if wrong else instance.state.value,
+            why=wrong or instance.why(),
+            since_s=max(0.0, self._carrier.now() - instance.since),
             running=report.running if report else None,
             waiting=report.waiting if report else None,
             kv_used_ratio=report.kv_used_ratio if report else None,

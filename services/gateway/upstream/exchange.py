@@ -307,7 +307,10 @@ class Exchange:
         else:
             self._facts = replace(facts, excluded=excluded)
         forwarder.observe.retried(reason.value)
-        if reason not in failover.UNBUDGETED and not self._retrying:
+        if reason in failover.UNBUDGETED:
+            return
+        forwarder.budget.spend()
+        if not self._retrying:
             self._retrying = True
             forwarder.budget.retrying += 1
 

@@ -47,7 +47,7 @@ class Forwarder:
         return found
 
     def enter(self) -> None:
-        self.budget.live += 1
+        self.budget.enter()
         self.observe.in_flight.set(self.budget.live)
         self.idle.clear()
 
