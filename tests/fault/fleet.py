@@ -23,7 +23,8 @@ from tests.fault.load import MODEL
 from tests.kit.children import ROOT, Child, Children, infermesh
 from tests.kit.mesh import until
 
-PACE = ("--prefill-tps", "100000", "--step-ms", "40", "--max-running", "64")
+# Decoding slows with what is resident, or the router would have no reason to spread the load.
+PACE = ("--prefill-tps", "100000", "--step-ms", "40", "--kv-us-per-ktoken", "4000", "--max-running", "64")
 START_S = 40.0
 
 
@@ -37,6 +38,7 @@ class Fleet:
         self.host = host
         self.gateways: list[Child] = []
         self.llms: dict[str, Child] = {}
+        self.api_key = ""
         self.client: AsyncClient
         self._stack = stack
         self._flags: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}
@@ -113,7 +115,9 @@ class Fleet:
 
     async def dial(self, *addresses: str) -> AsyncClient:
         """A client of its own, to these gateways or to all."""
-        return await self._stack.enter_async_context(AsyncClient(list(addresses) or self.grpc, timeout=30))
+        return await self._stack.enter_async_context(
+            AsyncClient(list(addresses) or self.grpc, api_key=self.api_key, timeout=30)
+        )
 
     async def states(self, client: AsyncClient | None = None) -> dict[str, str]:
         return {instance.id: instance.state for instance in await (client or self.client).instances(timeout=5)}
@@ -207,15 +211,17 @@ async def fleet(
     gateway_flags: Sequence[str] = (),
     registry: str = "",
     host: str = "127.0.0.1",
+    api_key: str = "",
 ) -> AsyncIterator[Fleet]:
     """All of it healthy when the body begins. `flags`: of every instance, after `PACE`; `registry`: instead of the
-    embedded one. Whoever lives at the end must leave well."""
+    embedded one; `api_key`: the client's. Whoever lives at the end must leave well."""
     async with AsyncExitStack() as stack:
         children = stack.enter_context(Children(folder))
         if not registry:
             listen = ("--listen", f"{host}:0", *(() if host.startswith("127.") else ("--insecure",)))
             registry = f"mesh://{(await asyncio.to_thread(children.start, 'registry', *listen)).address}"
         made = Fleet(folder, children, registry, host, stack)
+        made.api_key = api_key
         for _ in range(gateways):
             made.add_gateway(*gateway_flags)
         for id in llms:

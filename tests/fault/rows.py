@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from tests.fault import rows_client, rows_consul, rows_engine, rows_leaving, rows_network, rows_process, rows_registry
+from tests.fault import (
+    rows_abuse,
+    rows_client,
+    rows_consul,
+    rows_engine,
+    rows_host,
+    rows_input,
+    rows_leaving,
+    rows_load,
+    rows_network,
+    rows_process,
+    rows_registry,
+)
 from tests.fault.matrix import Row
 
-ROWS: tuple[Row, ...] = tuple(
-    sorted(
-        (
-            row
-            for module in (
-                rows_process,
-                rows_engine,
-                rows_leaving,
-                rows_network,
-                rows_client,
-                rows_consul,
-                rows_registry,
-            )
-            for row in module.ROWS
-        ),
-        key=lambda row: row.number,
-    )
+MODULES = (
+    *(rows_process, rows_engine, rows_leaving, rows_network, rows_client, rows_consul, rows_registry, rows_host),
+    *(rows_abuse, rows_input, rows_load),
 )
+ROWS: tuple[Row, ...] = tuple(sorted((row for one in MODULES for row in one.ROWS), key=lambda row: row.number))
 
 
 def chosen(text: str) -> list[Row]:

@@ -73,8 +73,8 @@ async def killed_mid_stream(ground: Ground) -> Measured:
             kills: list[tuple[float, list[Told]]] = []
             for _ in range(ground.runs(5)):
                 await asyncio.sleep(draw.uniform(0.5, 2.0))
-                victim = draw.choice(THREE)
                 at = time.monotonic()
+                victim = draw.choice([id for id in THREE if load.on(id, at)])
                 hurt = load.on(victim, at)
                 mesh.llms[victim].kill()
                 kills.append((at, hurt))
@@ -106,8 +106,8 @@ async def frozen(ground: Ground) -> Measured:
             noticed = []
             for _ in range(ground.runs(5)):
                 await asyncio.sleep(draw.uniform(0.5, 1.5))
-                victim = draw.choice(THREE)
                 at = time.monotonic()
+                victim = draw.choice([id for id in THREE if load.on(id, at)])
                 hurt = load.on(victim, at)
                 mesh.llms[victim].freeze()
                 noticed.append(await mesh.until(lambda states, v=victim: states.get(v) not in ("healthy",), 10, at))
