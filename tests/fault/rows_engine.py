@@ -7,7 +7,7 @@ import math
 import time
 
 from tests.fault.fleet import fleet
-from tests.fault.load import Told, listed, quantile, streams
+from tests.fault.load import Told, ask, listed, quantile, streams
 from tests.fault.matrix import Ground, Measured, Row
 from tests.fault.rest import chat, post, session
 
@@ -64,18 +64,13 @@ async def stalled(ground: Ground) -> Measured:
         await asyncio.sleep(0.2)
         async with streams(mesh.client, 9) as load:
             await asyncio.sleep(1)
-            async with streams(mesh.client, 1, prompt="sleepyhead", pause_s=60) as sleepy:
-                await asyncio.sleep(12)
-                seen = list((await mesh.states()).values())
-                one = sleepy.all[0]
-                for id in mesh.llms:
-                    mesh.broken(id)
-        resumed = one.ok
+            one = await ask(mesh.client, Told(60, time.monotonic()), "sleepyhead", timeout=15)
+            seen = list((await mesh.states()).values())
         text = (
-            f"the stalled stream: {'whole' if resumed else one.error or 'hung for 12 s'}, "
-            f"longest pause {one.pause_s:.1f} s; others: {load}; states {', '.join(seen)}"
+            f"the stalled stream: {one.error or 'whole'}, longest pause {one.pause_s:.1f} s; others: {load}; "
+            f"states {', '.join(seen)}"
         )
-        return Measured(resumed and one.pause_s < 6 and not load.failures and seen.count("healthy") == 3, text)
+        return Measured(one.ok and one.pause_s < 6 and not load.failures and seen.count("healthy") == 3, text)
 
 
 async def slower(ground: Ground) -> Measured:
@@ -117,7 +112,8 @@ async def unavailable(ground: Ground) -> Measured:
             f"out of work after {gone:.2f} s and {reached} failed requests; {probes} more in the 12 s of the "
             f"fault; back {back:.1f} s after it was mended; {load}"
         )
-        return Measured(gone <= 5 and reached <= 8 and probes <= 4 and back < 60 and not load.failures, text)
+        few = len(load.failures) <= 0.01 * len(load.done)
+        return Measured(gone <= 5 and reached <= 8 and probes <= 4 and back < 60 and few, text)
 
 
 async def grey(ground: Ground) -> Measured:
@@ -195,7 +191,7 @@ ROWS = (
     Row(
         9,
         "100 % errors from one instance",
-        "out of work after some 3 failures, then probes only, 0 failed",
+        "out of work after 3 failures in a row, then trials only; at most 1 % beyond the retry budget",
         unavailable,
         180,
     ),

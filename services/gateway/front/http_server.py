@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import resource
 import socket
 from collections.abc import Generator
 from typing import Any
@@ -17,6 +18,9 @@ KEEP_ALIVE_S = 75  # longer than the 60 s after which load balancers drop an idl
 BACKLOG = 1024
 LAST_WORDS_S = 0.5  # for telling those whose requests are ended
 CONNECTIONS_A_REQUEST = 2  # idle connections of pools stand beside the busy ones
+# asyncio accepts up to `backlog` connections a turn, and where descriptors have run out it fails, logs and sets a timer
+# as many times: with the whole of BACKLOG that alone keeps the loop busy for seconds.
+ACCEPTS_A_TURN = 4
 
 
 class HttpServer(uvicorn.Server):
@@ -33,6 +37,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets=sockets)
+        self._listener.listen(BACKLOG)  # the kernel's queue, which has been given ACCEPTS_A_TURN
         self._ready.set()
 
     async def ready(self) -> None:
@@ -79,7 +84,9 @@ def build_http_server(
     Raises:
         OSError: the address cannot be bound; its text names the address.
     """
-    guard = patience or Patience(connections=limits.max_concurrent * CONNECTIONS_A_REQUEST)
+    # Half of the descriptors are for the other door, for instances and for the registry.
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+    guard = patience or Patience(connections=min(limits.max_concurrent * CONNECTIONS_A_REQUEST, descriptors))
     protocol = type("Protocol", (GuardedProtocol,), {"patience": guard})
     config = uvicorn.Config(
         app,
@@ -95,7 +102,7 @@ def build_http_server(
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]  # used as a delay, floats are fine
-        backlog=BACKLOG,
+        backlog=ACCEPTS_A_TURN,
     )
     return HttpServer(config, _listen(host, port, reuse_port))
 
