@@ -193,3 +193,16 @@ def test_never_more_than_half_are_out_on_suspicion_and_somebody_always_serves(
     for lease in list(mesh.leases.values()):
         mesh.end(lease, End.FAILED, Reason.ENGINE_FAILED)
     assert all(not instance.ledger.entries for instance in mesh.router.fleet.instances.values())
+
+
+def test_one_that_froze_and_is_the_same_life_comes_back_at_once() -> None:
+    """The registry had given it up meanwhile; only another life would prove that it died."""
+    r = router(endpoint("a"), endpoint("b"))
+    for now in (100.0, 120.0, 140.0):
+        r.unlinked("a", 1, "ping timeout", now)
+        r.update([Member(endpoint("b"))], now + 1)
+        assert "a" not in r.fleet.instances
+        r.update([Member(endpoint("a")), Member(endpoint("b"))], now + 4)
+        r.linked("a", 1, now + 4)
+        assert r.fleet.instances["a"].state is State.HEALTHY
+    assert not r._desk.ejections.strikes

@@ -12,6 +12,7 @@ from zlib import crc32
 FIRST_S, LONGEST_S = 5.0, 60.0
 JITTER = 0.2
 FORGIVE_S = 10.0  # of good conduct take one strike away, as in Envoy
+FORGET_S = 600.0  # an id that ended and did not come back
 RAMP_S = 30.0  # slow start: Envoy's formula with aggression 1
 RAMP_FROM = 0.1
 
@@ -26,6 +27,7 @@ class Strikes:
 class Ejections:
     salt: str = ""
     strikes: dict[str, Strikes] = field(default_factory=dict)
+    ended: dict[str, tuple[int, float]] = field(default_factory=dict)  # the last life that did not leave by itself
 
     def strike(self, id: str, now: float, *, free: bool = False) -> float:
         """Counts one. Returns when its time is over; `free`: the first one costs none."""
@@ -33,6 +35,16 @@ class Ejections:
         found.count += 1
         found.until = now + self.term_s(id, found.count - free)
         return found.until
+
+    def died(self, id: str, incarnation: int, now: float) -> None:
+        """A life ended, and nobody asked it to; or so it seems: only another life of the same id proves it."""
+        self.ended[id] = (incarnation, now)
+
+    def born(self, id: str, incarnation: int, now: float) -> None:
+        """A life begins, or comes back."""
+        before = self.ended.pop(id, None)
+        if before is not None and before[0] != incarnation:
+            self.strike(id, now, free=True)
 
     def term_s(self, id: str, count: int) -> float:
         if count <= 0:
@@ -50,6 +62,9 @@ class Ejections:
 
     def forgive(self, now: float) -> None:
         """Good conduct. To be called now and then."""
+        for id, (_, at) in list(self.ended.items()):
+            if now - at >= FORGET_S:
+                del self.ended[id]
         for id, found in list(self.strikes.items()):
             if now - found.until >= FORGIVE_S:
                 found.count -= 1

@@ -78,7 +78,7 @@ def follow(desk: Desk, instance: Instance, effects: list[Effect], now: float) ->
 def retire(desk: Desk, instance: Instance, why: str, now: float) -> list[Effect]:
     """Nobody vouches for it any more. Whoever stood in its line is unplaced."""
     if not instance.voices.draining:  # it did not leave of its own will
-        desk.ejections.strike(instance.id, now, free=True)
+        desk.ejections.died(instance.id, instance.endpoint.incarnation, now)
     for waiting in instance.line.all():
         desk.queue.lift(waiting)
     del desk.fleet.instances[instance.id]
@@ -131,11 +131,12 @@ def _member(desk: Desk, member: Member, now: float) -> list[Effect]:
         fresh.ledger = back.ledger
         fresh.ledger.forget_report()
     fresh.voices.banned = desk.bans.get(endpoint.id, "")
+    desk.ejections.born(endpoint.id, endpoint.incarnation, now)
     until = desk.ejections.until(endpoint.id)
     if until > now:
         voices, times = fresh.voices, desk.ejections.count(endpoint.id)
         voices.standing, voices.cause, voices.until = Standing.OUT, Cause.DYING, until
-        voices.why = f"it ended {times} times in a row"
+        voices.why = f"it failed {times} times in a row"
         fresh.share = panic.EJECTED_SHARE
     fleet.instances[endpoint.id] = fresh
     if endpoint.kind == "llm":
