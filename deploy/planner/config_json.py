@@ -79,6 +79,7 @@ def shape_of_config(config: Mapping[str, Any], source: str, weight_bytes: float 
         sliding_window=window,
         full_layers=full,
         dtype=_dtype(whole, quantization),
+        quantization=str(quantization.get("quant_method") or "") if _dtype(whole, quantization)[:3] == "int" else "",
         group_size=quantization.get("group_size") if _positive(quantization.get("group_size")) else None,
         weight_bytes=weight_bytes,
         encoder=encoder,

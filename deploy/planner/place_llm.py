@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from deploy.fleet import Instance, Model
+from deploy.planner.architecture import dtype_of
 from deploy.planner.choose import Choice, Group, choose, groups_of, too_small
 from deploy.planner.demand import Demand, Load, load, most
 from deploy.planner.estimate import Estimate
@@ -41,6 +42,7 @@ def place_primary(model: Model, shape: Shape, dtype: str, found: Found, wanted: 
     fits on no host."""
     for engine in ("vllm", "openai-http"):
         able = [host for host in found.hosts if host.free and engine_of(shape, host.card) == engine]
+        able = [host for host in able if not host.card.cpu] or able  # an LLM on a CPU is what is left, not a helper
         threshold = min(wanted.threshold, shape.max_context)
         groups = groups_of(shape, dtype, able, wanted.short, ("fp16", "fp8"), threshold)
         if groups:
@@ -52,7 +54,7 @@ def place_primary(model: Model, shape: Shape, dtype: str, found: Found, wanted: 
     names = {host.node.name for host, _ in long}
     rest = [host for host in able if host.node.name not in names]
     for host, layout in long:
-        _put_long(model, shape, host, layout, wanted, found, able)
+        _put_long(model, shape, dtype, host, layout, wanted, found, able)
     short = replace(wanted, long=None) if not long else wanted
     _put_short(model, shape, dtype, rest, short, threshold, found, alone=not long)
     if long and wanted.long:
@@ -101,7 +103,14 @@ def _long_hosts(
 
 
 def _put_long(
-    model: Model, shape: Shape, host: Host, layout: Layout, wanted: Wanted, found: Found, able: Sequence[Host]
+    model: Model,
+    shape: Shape,
+    dtype: str,
+    host: Host,
+    layout: Layout,
+    wanted: Wanted,
+    found: Found,
+    able: Sequence[Host],
 ) -> None:
     far = wanted.long
     assert far is not None
@@ -109,22 +118,21 @@ def _put_long(
     per = layout.count * layout.memory.concurrent.value
     reasons = [
         f"one request of {far.length:,} tokens takes {one:.1f} GiB of KV; a host of {host.card.name} at {layout.text} "
-        f"holds {per:.0f} of them" + _others(shape, host, far, able)
+        f"holds {per:.0f} of them" + _others(shape, dtype, host, far, able)
     ]
-    reasons.append(
-        f"range up to {shape.max_context:,} tokens; short work too, at a price: its KV room is what long prompts need"
-    )
-    _put(model, host, layout, "long-context", (0, shape.max_context), reasons, far, found)
+    high = min(shape.max_context, int(layout.memory.kv_tokens.value))
+    reasons.append(f"range up to {high:,} tokens; short work too, at a price: its KV room is what long prompts need")
+    _put(model, host, layout, "long-context", (0, high), reasons, far, found)
 
 
-def _others(shape: Shape, host: Host, far: Demand, able: Sequence[Host]) -> str:
+def _others(shape: Shape, dtype: str, host: Host, far: Demand, able: Sequence[Host]) -> str:
     """What the other cards would hold."""
     told, seen = [], {host.card.name}
     for other in able:
         if other.card.name in seen:
             continue
         seen.add(other.card.name)
-        options = layouts(shape, shape.dtype, other, far, ("fp16",))
+        options = layouts(shape, dtype, other, far, ("fp16",))
         best = max((one.count * one.memory.concurrent.value for one in options), default=0.0)
         told.append(f"{other.card.name} {best:.0f}")
     return f" (other cards: {', '.join(told)})" if told else ""
@@ -214,35 +222,21 @@ def _put(
 ) -> None:
     """Fills the host with instances of one layout."""
     size, engine = layout.setup.cards, layout.setup.engine
+    shape = found.shapes[model.id]
     note = host.card.generation.engines[engine].note
-    _, other = dtype_on(host.card, engine, layout.setup.dtype)
+    _, other = dtype_on(host.card, engine, dtype_of(model, shape))
     said = [*reasons, *([other] if other else []), *([f"{host.card.generation.sm}: {note}"] if note else [])]
-    first = len([one for one in found.placed if one.instance.node == host.node.name])
+    if engine == "vllm" and layout.setup.dtype in ("int4", "int8") and not shape.quantization:
+        said.append(
+            f"fill in `quantization` (awq, gptq …): the file does not say how the {layout.setup.dtype} weights are made"
+        )
     for number in range(layout.count):
         cards = host.free[number * size : (number + 1) * size]
-        index = first + number
-        name = (
-            host.node.name
-            if layout.count == 1 and not first
-            else f"{host.node.name}-{LETTERS[index % 26]}{index // 26 or ''}"
-        )
-        told: dict[str, object] = {"id": name, "model": model.id, "node": host.node.name, "tier": tier}
-        told |= {"context": context, "max_running": MAX_RUNNING}
-        if not host.card.cpu:
-            told["cards"] = cards
-        if engine == "vllm":
-            told |= {"tp": layout.setup.tp, "pp": layout.setup.pp}
-            if layout.setup.kv_dtype == "fp8":
-                told["kv_cache_dtype"] = "fp8"
-        else:
-            address = host.node.address or host.node.name
-            told |= {"engine": engine, "url": f"http://{address}:{SERVER_PORT + index}/v1"}
-            told |= {"max_running": max(1, int(layout.memory.concurrent.value))}
-            told |= {"kv_tokens": int(layout.memory.kv_tokens.value)}
+        instance = _instance(model, shape, host, layout, cards, found)
         seen = load(layout.speed, demand, 0.0)
         found.placed.append(
             Placed(
-                Instance.model_validate(told),
+                instance.model_copy(update={"tier": tier, "context": context}),
                 tuple(said),
                 Estimate(layout.setup, layout.memory, layout.speed),
                 rate=layout.rate,
@@ -251,3 +245,30 @@ def _put(
             )
         )
     found.take(host, host.free[: size * layout.count])
+
+
+def _instance(model: Model, shape: Shape, host: Host, layout: Layout, cards: tuple[int, ...], found: Found) -> Instance:
+    """How the file writes it. An engine that is not ours gets the address that its server has to listen on."""
+    setup = layout.setup
+    index = len([one for one in found.placed if one.instance.node == host.node.name])
+    told: dict[str, object] = {"id": _name(host, layout, index, found), "model": model.id, "node": host.node.name}
+    if not host.card.cpu:
+        told["cards"] = cards
+    if setup.engine == "vllm":
+        told |= {"tp": setup.tp, "pp": setup.pp, "max_running": MAX_RUNNING, "quantization": shape.quantization}
+        told["kv_cache_dtype"] = "fp8" if setup.kv_dtype == "fp8" else ""
+        return Instance.model_validate(told)
+    address = host.node.address or host.node.name
+    told |= {"engine": setup.engine, "url": f"http://{address}:{SERVER_PORT + index}/v1"}
+    told |= {"max_running": max(1, int(layout.memory.concurrent.value))}
+    return Instance.model_validate(told | {"kv_tokens": int(layout.memory.kv_tokens.value)})
+
+
+def _name(host: Host, layout: Layout, index: int, found: Found) -> str:
+    """The host's name where it holds one instance, else with a letter; one that nobody has."""
+    taken = {one.instance.id for one in found.placed}
+    if layout.count == 1 and not index and host.node.name not in taken:
+        return host.node.name
+    while (name := f"{host.node.name}-{LETTERS[index % 26]}{index // 26 or ''}") in taken:
+        index += 1
+    return name

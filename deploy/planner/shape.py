@@ -40,6 +40,7 @@ class Shape:
     sliding_window: int | None = None  # tokens
     full_layers: int | None = None  # layers that look beyond the window; None: none where there is a window
     dtype: str = "fp16"
+    quantization: str = ""  # how int8 and int4 weights are made, in vLLM's word: awq, gptq, compressed-tensors
     group_size: int | None = None  # of int4 weights: neighbours that share a scale
     weight_bytes: float | None = None  # where the files say
     gguf: Gguf | None = None

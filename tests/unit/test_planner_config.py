@@ -83,6 +83,7 @@ def test_published_models(
 
 def test_awq_weights_are_what_the_published_files_take() -> None:
     """Qwen2.5-72B-Instruct-AWQ: eleven files, 41.6 GB together."""
+    assert shape_of_config(QWEN25_72B_AWQ, "x").quantization == "awq"
     assert weights(shape_of_config(QWEN25_72B_AWQ, "x"), "int4").value / 1e9 == pytest.approx(41.6, rel=0.01)
 
 
