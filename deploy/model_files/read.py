@@ -19,10 +19,20 @@ WAY_OUT = "point `source` at a folder with config.json or at a .gguf file, or de
 
 @dataclass(slots=True)
 class Read:
-    """Model id -> its shape, or why there is none and what to do."""
+    """Model id -> its shape, or why there is none and what to do. `absent`: those of them that are not on this disk."""
 
     shapes: dict[str, Shape] = field(default_factory=dict)
     unread: dict[str, str] = field(default_factory=dict)
+    absent: set[str] = field(default_factory=set)
+
+    def needed(self, fleet: Fleet) -> dict[str, str]:
+        """What keeps the fleet from being planned: an absent model that has its instances already does not."""
+        have = {instance.model for instance in fleet.instances}
+        return {id: why for id, why in self.unread.items() if not (id in have and id in self.absent)}
+
+
+class _Absent(Unreadable):
+    """Nothing on this disk says what the model is."""
 
 
 def read_models(fleet: Fleet, folder: Path) -> Read:
@@ -33,6 +43,8 @@ def read_models(fleet: Fleet, folder: Path) -> Read:
             found.shapes[model.id] = _shape(model, folder)
         except Unreadable as error:
             found.unread[model.id] = f"{error}; {WAY_OUT}"
+            if isinstance(error, _Absent):
+                found.absent.add(model.id)
     return found
 
 
@@ -40,7 +52,7 @@ def _shape(model: Model, folder: Path) -> Shape:
     if model.architecture:
         return shape_of_architecture(model, model.architecture)
     if not model.source:
-        raise Unreadable("nothing says what this model is")
+        raise _Absent("nothing says what this model is")
     path = folder / Path(model.source).expanduser()
     if path.suffix == ".gguf":
         return read_gguf(path)
@@ -53,7 +65,7 @@ def _shape(model: Model, folder: Path) -> Shape:
         raise Unreadable(f"{model.source} is not there")
     cached = _from_hub_cache(model)
     if cached is None:
-        raise Unreadable(f"{model.source} is a hub name, and the model is not on this disk; plan downloads nothing")
+        raise _Absent(f"{model.source} is a hub name, and the model is not on this disk; plan downloads nothing")
     return read_config(cached)
 
 

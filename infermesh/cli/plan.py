@@ -68,7 +68,7 @@ def _planned(path: Path) -> Plan:
         raise Failure(f"{path}: {getattr(error, 'strerror', None) or error}", BAD_USAGE) from None
     fleet = parse_fleet(text, str(path))
     read = read_models(fleet, path.parent)
-    return plan(fleet, read.shapes, shipped(), read.unread, str(path))
+    return plan(fleet, read.shapes, shipped(), read.needed(fleet), str(path))
 
 
 def _verdict(found: Plan, seed: int) -> dict[str, Any] | None:

@@ -129,6 +129,7 @@ def test_a_folder_is_read_with_the_size_of_its_weights(tmp_path: Path) -> None:
     found = read_models(parse_fleet(f"version: 1\nmodels:\n{lines}"), tmp_path)
     assert found.shapes["m0"].weight_bytes == 16 << 30
     assert weights(found.shapes["m0"], "bf16").value == 16 << 30
+    assert found.absent == {"m5"}
     said = [found.unread[f"m{i}"] for i in range(1, 7)]
     for text, expected in zip(
         said,
@@ -136,3 +137,11 @@ def test_a_folder_is_read_with_the_size_of_its_weights(tmp_path: Path) -> None:
         strict=True,
     ):
         assert expected in text and "describe the model under `architecture:`" in text
+
+
+def test_an_absent_model_is_no_fault_where_its_instances_are_given() -> None:
+    head = "version: 1\nmodels: [{id: m, kind: llm, source: nobody/nothing}]\n"
+    fleet = parse_fleet(head + "instances: [{id: i, model: m, engine: scripted}]")
+    assert read_models(fleet, Path()).needed(fleet) == {}
+    bare = parse_fleet(head)
+    assert set(read_models(bare, Path()).needed(bare)) == {"m"}
