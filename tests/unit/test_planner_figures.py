@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,10 @@ from deploy.planner.claims import cached_share_for
 from deploy.planner.cpu import cpu_request
 from deploy.planner.layout import dtype_on
 from deploy.planner.memory import Setup, fit, kv_per_token, memory, rule_of_thumb, weights
-from deploy.planner.roofline import llm_speed
+from deploy.planner.roofline import encoder_speed, llm_speed
 from deploy.planner.shape import Shape, tp_fault
 from deploy.planner.traced import given
+from deploy.planner.wanted import HEADROOM
 
 CARDS = shipped().cards
 SEED_000, SEED_001, SEED_002 = "000_3179620a66654959.txt", "001_9fb6dd293e332b2a.txt", "002_11c1c215bceb9916.txt"
@@ -241,3 +243,33 @@ def test_weights_and_room_of_published_logs() -> None:
     assert weights(LLAMA_31_8B, "bf16").value / GIB == pytest.approx(14.9888, rel=0.005)
     sums = memory(LLAMA2_7B, Setup("fp16", 4096), CARDS["A100-80G"])
     assert sums.kv_tokens.value == pytest.approx(7351 * 16, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "quoted", "concurrent"),
+    [("fp16", "fp16", 5, 6), ("fp16", "fp8", 10, 13), ("int4", "fp8", 30, 36)],
+)
+def test_qps_a_card_of_the_published_table_is_concurrency_too(
+    dtype: str, kv_dtype: str, quoted: int, concurrent: int
+) -> None:
+    """seed 001, 13B at 2k on one A100-40G: "QPS" 5, 10 and 30. They are about the requests that fit at once; at its own
+    3 s a call QPS is a third of that, and prefill of 2,000 tokens alone allows no more than 3 a second."""
+    setup = Setup(dtype, 2048, kv_dtype=kv_dtype)
+    sums = memory(VICUNA_13B, setup, CARDS["A100-40G"])
+    assert sums.concurrent.value == pytest.approx(concurrent, abs=1) and quoted <= sums.concurrent.value
+    speed = llm_speed(VICUNA_13B, setup, CARDS["A100-40G"], nvlink=True)
+    assert sums.concurrent.value / 3 < quoted and 1 / speed.prefill_s(2000) < 3.2
+
+
+@pytest.mark.parametrize(
+    ("times", "claimed_qps", "cards", "quoted"),
+    [(5, 500, 2, (2, 2)), (10, 1000, 4, (2, 4)), (20, 2000, 7, (4, 8)), (30, 3000, 10, (4, 8))],
+)
+def test_cards_for_small_models(times: int, claimed_qps: int, cards: int, quoted: tuple[int, int]) -> None:
+    """seed 001: for 100 LLM requests a second, 3-5 times as many to small models take 2 cards, 5-10 times 2 to 4, 10-30
+    times 4 to 8 with 2,000 a second at most, which is 20 times; its 30 times would need 10 cards."""
+    large = Shape(335e6, 24, 1024, 16, 16, 64, 512, "bge-large", 4096, 21128, tied=True, encoder=True)
+    pace = encoder_speed(large, "fp16", CARDS["A100-40G"]).tokens_per_s.value
+    needed = math.ceil(claimed_qps * 512 * HEADROOM / pace)
+    assert times * 100 == claimed_qps and needed == cards
+    assert (quoted[0] <= needed <= quoted[1]) == (times <= 20)
