@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from deploy.fleet import Fleet
+from deploy.planner.architecture import dtype_of
 from deploy.planner.catalogue import GIB
 from deploy.planner.demand import load
 from deploy.planner.memory import rule_of_thumb, weights
@@ -39,7 +40,7 @@ def claims(fleet: Fleet, placed: Sequence[Placed], shapes: Mapping[str, Shape], 
     for model in fleet.models:
         shape = shapes.get(model.id)
         if shape and model.kind == "llm" and not shape.gguf:
-            dtype = shape.dtype if model.dtype == "auto" else model.dtype
+            dtype = dtype_of(model, shape)
             own, rule = weights(shape, dtype).value, rule_of_thumb(shape, dtype).value
             lines.append(
                 f"{model.id}: {own / GIB:.1f} GiB ({own / 1e9:.1f} GB) of weights in {dtype}; the rule of thumb, "

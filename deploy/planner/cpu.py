@@ -32,8 +32,8 @@ def cpu_remarks(placed: Sequence[Placed], shapes: Mapping[str, Shape], hosts: Se
         name, cores, memory = cpu_request(shape, kind)
         if (host.node.cpus or 0) < cores or (host.node.memory_gib or 0) < memory:
             lines.append(
-                f"{one.instance.id}: a {name} model on a CPU wants {cores} cores and {memory} GiB, {host.node.name} "
-                f"has {host.node.cpus:g} and {host.node.memory_gib:g}"
+                f"{one.instance.id}: on a CPU ({name}) it wants {cores} cores and {memory} GiB, {host.node.name} has "
+                f"{host.node.cpus:g} and {host.node.memory_gib:g}"
             )
         if kind == "llm":
             lines.append(f"{one.instance.id}: an LLM on a CPU is slow; AVX-512 helps, int8 and int4 do not")

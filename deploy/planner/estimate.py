@@ -4,7 +4,7 @@ neither `speed` nor a calibration is given."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from deploy.fleet import Fault, Fleet, Instance
 from deploy.planner.architecture import dtype_of, shape_of_architecture
@@ -15,6 +15,8 @@ from deploy.planner.memory import MAX_RUNNING, RATIO, Memory, Setup, encoder_mem
 from deploy.planner.roofline import EncoderSpeed, LlmSpeed, encoder_speed, llm_speed
 from deploy.planner.shape import Shape, tp_fault
 from deploy.planner.traced import Traced
+
+CPU_KV_GIB = "VLLM_CPU_KVCACHE_SPACE"  # vLLM's own variable
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ def estimate(fleet: Fleet, instance: Instance, shape: Shape, host: Host) -> Esti
     if engine in host.card.generation.engines:
         dtype = dtype_on(host.card, engine, dtype)[0] or dtype
     setup = setup_of(fleet, instance, shape, dtype, engine)
+    space = instance.environment.get(CPU_KV_GIB, "")
+    if host.card.cpu and space.replace(".", "", 1).isdigit():
+        sums = memory(shape, setup, host.card)
+        used = sums.weights.value + sums.overhead.value + float(space) * GIB
+        setup = replace(setup, ratio=used / host.card.memory)
     return Estimate(
         setup=setup,
         memory=memory(shape, setup, host.card),

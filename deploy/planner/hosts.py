@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from deploy.fleet import Fault, Fleet, Instance, Node
-from deploy.planner.catalogue import Card, Catalogue
+from deploy.planner.catalogue import MIB, Card, Catalogue
 
 GIB_IN_MIB = 1024
 CPU_SHARE = 0.75  # of a host's memory and cores that models may have; the rest is the system's and the page cache's
@@ -25,7 +25,10 @@ class Host:
         """Told by the node; where it is not told, what the card usually comes with."""
         return self.card.nvlink_gbs > 0 and self.node.interconnect != "pcie"
 
-    def without(self, cards: Sequence[int]) -> Host:
+    def without(self, cards: Sequence[int], used: float) -> Host:
+        """What is left; processes share a CPU host until its memory is used up."""
+        if self.card.cpu:
+            return replace(self, card=replace(self.card, memory_mib=self.card.memory_mib - used / MIB))
         return replace(self, free=tuple(card for card in self.free if card not in cards))
 
 

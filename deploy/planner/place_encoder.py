@@ -92,7 +92,7 @@ def _on_idle_cards(
             reasons.append(f"{host.card.generation.sm}: {note}")
         for one, card in taken:
             _put(model, shape, one, card, replicas, dtype, reasons, found)
-            found.take(one, (card,))
+            found.take(one, (card,), need.value)
         found.tiers.append(Tier(model.id, model.kind, share, len(taken) * pace.tokens_per_s.value, None, None))
         return True
     return False

@@ -8,17 +8,19 @@ from dataclasses import dataclass, field, replace
 
 from deploy.fleet import Instance, Model
 from deploy.planner.architecture import dtype_of
+from deploy.planner.catalogue import GIB
 from deploy.planner.choose import Choice, Group, choose, groups_of, too_small
 from deploy.planner.demand import Demand, Load, load, most
-from deploy.planner.estimate import Estimate
+from deploy.planner.estimate import CPU_KV_GIB, Estimate
 from deploy.planner.hosts import Host
 from deploy.planner.layout import Layout, dtype_on, engine_of, layouts
-from deploy.planner.memory import MAX_RUNNING
+from deploy.planner.memory import MAX_RUNNING, memory
 from deploy.planner.placed import Placed, Tier
 from deploy.planner.shape import Shape
 from deploy.planner.wanted import HEADROOM, Wanted
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
+CPU_REQUESTS = 8
 SERVER_PORT = 8080  # of adopted servers; the n-th of a host listens n ports further
 
 
@@ -33,8 +35,9 @@ class Found:
     short: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
-    def take(self, host: Host, cards: Sequence[int]) -> None:
-        self.hosts = [one.without(cards) if one.node.name == host.node.name else one for one in self.hosts]
+    def take(self, host: Host, cards: Sequence[int], used: float = 0.0) -> None:
+        """Cards are taken whole; of a CPU host `used` bytes."""
+        self.hosts = [one.without(cards, used) if one.node.name == host.node.name else one for one in self.hosts]
 
 
 def place_primary(model: Model, shape: Shape, dtype: str, found: Found, wanted: Wanted) -> bool:
@@ -230,6 +233,8 @@ def _put(
         said.append(
             f"fill in `quantization` (awq, gptq …): the file does not say how the {layout.setup.dtype} weights are made"
         )
+    if host.card.cpu:
+        layout = _on_cpu(shape, host, layout)
     for number in range(layout.count):
         cards = host.free[number * size : (number + 1) * size]
         instance = _instance(model, shape, host, layout, cards, found)
@@ -244,7 +249,19 @@ def _put(
                 tpot_ms=seen.tpot_ms if seen else None,
             )
         )
-    found.take(host, host.free[: size * layout.count])
+    sums = layout.memory
+    used = sums.weights.value + sums.overhead.value + sums.room.value
+    found.take(host, host.free[: size * layout.count], used)
+
+
+def _on_cpu(shape: Shape, host: Host, layout: Layout) -> Layout:
+    """With no more KV room than a few requests need: vLLM is told the bytes there, and other processes want memory."""
+    sums = layout.memory
+    wanted = max(GIB, CPU_REQUESTS * layout.setup.length * sums.kv_token.value)
+    room = max(1, min(int(sums.room.value / GIB), math.ceil(wanted / GIB))) * GIB  # the variable takes whole GiB
+    ratio = (sums.weights.value + sums.overhead.value + room) / host.card.memory
+    setup = replace(layout.setup, ratio=ratio)
+    return replace(layout, setup=setup, memory=memory(shape, setup, host.card))
 
 
 def _instance(model: Model, shape: Shape, host: Host, layout: Layout, cards: tuple[int, ...], found: Found) -> Instance:
@@ -257,6 +274,8 @@ def _instance(model: Model, shape: Shape, host: Host, layout: Layout, cards: tup
     if setup.engine == "vllm":
         told |= {"tp": setup.tp, "pp": setup.pp, "max_running": MAX_RUNNING, "quantization": shape.quantization}
         told["kv_cache_dtype"] = "fp8" if setup.kv_dtype == "fp8" else ""
+        if host.card.cpu:
+            told["environment"] = {CPU_KV_GIB: str(round(layout.memory.room.value / GIB))}
         return Instance.model_validate(told)
     address = host.node.address or host.node.name
     told |= {"engine": setup.engine, "url": f"http://{address}:{SERVER_PORT + index}/v1"}

@@ -291,3 +291,26 @@ traffic: {requests_per_s: 0.1, prompt_tokens: 500, output_tokens: 50}
     assert "t-a" not in {one.instance.id for one in mine}
     assert {one.estimate.setup.dtype for one in mine if one.estimate.setup} == {"fp16"}
     assert any("no bf16 on sm_75" in reason for one in mine for reason in one.reasons)
+
+
+def test_one_cpu_host_holds_all_three() -> None:
+    text = """
+version: 1
+models:
+  - {id: m, kind: llm, source: x/m, architecture: {parameters: 5.0e+8, layers: 24, hidden_size: 896, heads: 14,
+     kv_heads: 2, max_context: 32768, vocabulary: 151936}}
+  - {id: e, kind: embedding, source: x/e, architecture: &small {parameters: 3.3e+7, layers: 12, hidden_size: 384,
+     heads: 12, max_context: 512, vocabulary: 30522}}
+  - {id: r, kind: rerank, source: x/r, architecture: *small}
+nodes: [{name: laptop, device: CPU-AVX512, memory_gib: 16, cpus: 8}]
+traffic: {requests_per_s: 0.2, prompt_tokens: 300, output_tokens: 100}
+"""
+    fleet = parse_fleet(text)
+    found = plan(fleet, inline_shapes(fleet), shipped(), {}, "laptop")
+    llm = found.placed[0]
+    assert [one.instance.model for one in found.placed] == ["m", "e", "r"] and llm.instance.cards == ()
+    assert llm.instance.environment == {"VLLM_CPU_KVCACHE_SPACE": "1"}
+    assert llm.estimate.memory and llm.estimate.memory.kv_tokens.value == 2**30 // (24 * 2 * 2 * 64 * 2)
+    again = plan(found.fleet, inline_shapes(found.fleet), shipped(), {}, "again").placed[0].estimate.memory
+    assert again and again.kv_tokens.value == pytest.approx(llm.estimate.memory.kv_tokens.value, rel=0.001)
+    assert any("an LLM on a CPU is slow" in line for line in found.remarks)
