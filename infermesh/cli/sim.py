@@ -83,11 +83,10 @@ def command(
             if capacity:
                 run |= {"load": number, "capacity": capacity}
             runs.append({**run, "policies": {name: found[name, at] for name in names}})
-    if measured is not None:
-        first = runs[0]["fleet"]
-        if others := recorded_elsewhere(runs[0], measured):
-            remark(f"the trace was recorded on {others}, which {first} does not have: put today's fleet first")
-        compare(runs, None if others else measured)
+    if measured is not None and (others := recorded_elsewhere(runs[0], measured)):
+        remark(f"the trace was recorded on {others}, which {runs[0]['fleet']} does not have: put today's fleet first")
+        measured = None
+    compare(runs, measured)
     if plot:
         _write(plot, runs, names, "load (1 = what the best peer sustains)" if load else "rate")
     if json:

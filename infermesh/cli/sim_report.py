@@ -25,7 +25,7 @@ def compare(runs: Sequence[dict[str, Any]], measured: Mapping[str, Any] | None) 
     today = {(run["rate"], name): said for run in first for name, said in run["policies"].items()}
     for run in runs:
         of_today = run["fleet"] == runs[0]["fleet"]
-        if of_today and measured is not None:
+        if of_today and measured is not None and run["rate"] == 1:
             run["measured"] = measured
         for name, said in run["policies"].items():
             if not of_today or measured is None:
@@ -59,7 +59,7 @@ def print_run(run: Mapping[str, Any]) -> None:
             f"{best['same_instance']:.0%} ran where they ran in reality. A change smaller than the error means nothing."
         )
     if apart == "change":
-        print("change: against the simulation of the first fleet, whose error against reality stands there.")
+        print("change: against the same policy and rate on the first fleet")
     for name, said in policies.items():
         places = [
             f"{id} {place['requests']} ({place['busy_ratio']:.0%})"

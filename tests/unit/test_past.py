@@ -163,15 +163,15 @@ async def test_keeping_costs_a_request_nothing_to_speak_of_and_a_slow_disk_no_me
     counting.cancel()
     assert not kept_here._pending and turns > 1000 / past_decisions.BATCH
     with monkeypatch.context() as patch, capture_logs() as logs:
-        patch.setattr(kept_here._ring, "append", lambda _: (_ for _ in ()).throw(OSError("disk")))
+        patch.setattr(kept_here._ring, "append", lambda _: (_ for _ in ()).throw(TypeError("odd")))
         for _ in range(3):
             kept_here.keep(one)
             await kept_here.flush()
-        assert kept_here._dropped == 3 and not logs, "a broken disk stops nobody, and is told once a minute"
+        assert kept_here._dropped == 3 and not logs, "what goes wrong here stops nobody, and is told once a minute"
         patch.setattr(past_decisions, "WARN_S", 0.0)
         kept_here.keep(one)
         await kept_here.flush()
-        assert [(line["why"], line["lost"]) for line in logs] == [("disk", 4)]
+        assert [(line["why"], line["lost"]) for line in logs] == [("TypeError: odd", 4)]
     kept_here.keep(report("last"))
     assert await kept_here.find("last", lambda _: True), "and works again when the disk does"
     await kept_here.close()

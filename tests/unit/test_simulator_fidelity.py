@@ -110,6 +110,9 @@ def test_other_fleets_are_shown_as_changes_to_the_first(capsys: pytest.CaptureFi
     out = capsys.readouterr().out
     assert "ERROR TTFT" in out and "CHANGE TTFT" in out and "A change smaller than the error means nothing" in out
     assert any(line.startswith("measured") and "2.00 s" in line for line in out.splitlines())
+    fast = [{**one("today", FLEET), "rate": 2.0}]
+    compare(fast, told)
+    assert "measured" not in fast[0], "nobody measured what twice the traffic does"
     again = [one("today", FLEET)]
     compare(again, None)
     assert "error" not in again[0]["policies"]["infermesh"], "of another fleet's recording there is no error"

@@ -113,9 +113,9 @@ class Decisions:
                 batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
                 try:
                     await asyncio.to_thread(self._write, batch)
-                except OSError as error:
+                except Exception as error:  # a full disk, or a fault of ours: serving goes on without
                     self._dropped += len(batch)
-                    self._warn(str(error))
+                    self._warn(f"{type(error).__name__}: {error}")
                     return
             if self._dropped:
                 self._warn("the disk is too slow")
