@@ -100,7 +100,7 @@ def _past(request_id: str, gateways: Sequence[str], api_key_file: Path | None, t
 def _print_past(found: Mapping[str, Any]) -> None:
     request, decisions = found["request"], found["decisions"]
     ended = datetime.fromtimestamp(request["at"]).astimezone()
-    print(f"{request['request_id']}: {request['method']} {request['model']}, tenant {request['tenant']}")
+    print(f"{request['request_id']}: {request['method']}, model {request['model']}, tenant {request['tenant']}")
     print(f"ended {ended:%Y-%m-%d %H:%M:%S %Z} after {_seconds(request['duration_s'])}: {request['outcome']}")
     if request["ttft_s"]:
         due = decisions[-1]["predicted_ttft_s"] if decisions else 0.0

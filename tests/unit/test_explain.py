@@ -67,7 +67,7 @@ def test_a_past_request_shows_what_was_predicted_and_what_came(capsys: pytest.Ca
         (Tried(RECORD, "engine_failed"), Tried(RECORD, "ok")),
     )  # fmt: skip
     lines = printed(capsys, explain._print_past, past(kept(1_700_000_000.0, report)))
-    assert lines[0] == "req-1: chat huge, tenant acme" and lines[1].endswith("after 4 s: ok")
+    assert lines[0] == "req-1: chat, model huge, tenant acme" and lines[1].endswith("after 4 s: ok")
     assert "first token after 310 ms, predicted was 250 ms" in lines
     assert "prompt 2000 tokens, 512 cached; answer 120 tokens" in lines
     ends = [line for line in lines if line.startswith("decision ")]
