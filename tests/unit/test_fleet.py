@@ -161,6 +161,11 @@ def test_what_is_wrong_is_said(name: str) -> None:
     assert any(expected in fault for fault in faults_of(**parts)), faults_of(**parts)
 
 
+def test_only_those_in_a_circle_are_told() -> None:
+    found = faults_of(models=[{**MODEL, "id": i, "fallback": j} for i, j in ("ab", "bc", "cb")])
+    assert [fault.split(":")[0] for fault in found] == ["models[1].fallback", "models[2].fallback"]
+
+
 def test_all_faults_come_at_once() -> None:
     found = faults_of(modles=[], nodes=[{"name": "n", "cuont": 1}], instances=[{"id": "i", "model": "m", "tp": 0}])
     assert [fault.split(":")[0] for fault in found] == ["nodes[0].cuont", "instances[0].tp", "modles"]

@@ -47,6 +47,12 @@ def test_routing_that_contradicts_itself(routing: dict[str, object], told: str) 
     assert told in str(caught.value)
 
 
+def test_a_way_into_a_circle_is_not_told_as_one() -> None:
+    with pytest.raises(ValueError, match=r"fallbacks\.b: goes in a circle: b -> c -> b; ") as caught:
+        gateway_settings(routing={"fallbacks": {"a": "b", "b": "c", "c": "b"}})
+    assert "fallbacks.a" not in str(caught.value)
+
+
 def test_fallbacks_in_a_chain_are_no_circle() -> None:
     chain = {"a": "b", "b": "c"}
     assert gateway_settings(routing={"fallbacks": chain}).routing.fallbacks == chain
