@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench seams peers compat faults constraints clean
+.PHONY: help up test setup check protos bench seams peers vllms compat faults constraints clean
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -64,6 +64,10 @@ seams: ## 10,000 random deaths against the vLLM engine's replay (minutes)
 	@$(SETUP) main llm
 	@d=$$(mktemp -d) && trap 'rm -rf "$$d"' EXIT && .venv-llm/bin/python -P -m services.llm.tiny_model "$$d" && \
 	PYTHONPATH=. .venv-llm/bin/python -P tests/kit/replay_seams.py "$$d" 10000 $(ARGS)
+
+vllms: ## two real vLLM instances, one slowed to half, behind the gateway and in turn, beside sim (ARGS="--write")
+	@$(SETUP) main llm
+	@exec $(BIN)/python -m tests.bench.two_vllms $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py

@@ -52,6 +52,7 @@ from tests.bench.two_vllms_run import (
 PREFIXES, TIMES = 8, 12
 PREFIX, OWN, OUTPUT = 56 * BLOCK, BLOCK, 4  # tokens
 ROOM = 56  # blocks of a prefix
+HALVED = (1.6, 2.6)  # times as long as unhindered: what passes for half speed
 SPARE = 40  # blocks for what requests have of their own
 CARDS = (Card("fast", 0, 6 * ROOM + SPARE), Card("slow", 1, 3 * ROOM + SPARE, halved=True))
 
@@ -144,6 +145,12 @@ async def calibrate(folder: Path, model: Path) -> dict[str, Measured]:
     with instance(folder, model, replace(CARDS[0], id="alone")) as child:
         fast, slow = await calibrated(await asyncio.to_thread(lambda: child.address), child.pid)
     print(fast, slow, sep="\n", flush=True)
+    ratio = slow.prefill_s[-1] / fast.prefill_s[-1]
+    if not HALVED[0] <= ratio <= HALVED[1]:
+        raise SystemExit(
+            f"stopped for half of the time, the engine takes {ratio:.2f} times as long as otherwise, not about twice: "
+            "the machine is too busy with other work for this to mean anything"
+        )
     return {"fast": fast, "slow": slow}
 
 
