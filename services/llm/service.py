@@ -201,7 +201,9 @@ def _check_resume(request: Generation) -> None:
 
 
 def _guess_tokens(request: Generation) -> int:
-    """Prompt tokens before anybody has counted them, for the load frames: about four bytes each."""
+    """Prompt tokens before anybody has counted them, for the load frames: about four bytes each. What another instance
+    has said of the answer is computed like them."""
+    said = len(request.relay.resume.token_ids)
     if isinstance(request, lm.CompleteRequest):
-        return len(request.token_ids.ids) or len(request.text) // 4
-    return sum(len(m.content) + sum(len(part.text) for part in m.parts) for m in request.messages) // 4
+        return said + (len(request.token_ids.ids) or len(request.text) // 4)
+    return said + sum(len(m.content) + sum(len(part.text) for part in m.parts) for m in request.messages) // 4

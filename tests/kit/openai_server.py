@@ -68,7 +68,8 @@ class Fake:
 
 
 @asynccontextmanager
-async def adopted(fake: Fake, **settings: Any) -> AsyncIterator[tuple[OpenAiHttpEngine, EngineInfo]]:
+async def served(fake: Fake) -> AsyncIterator[str]:
+    """Its base URL."""
     app = web.Application()
     app.router.add_get("/v1/models", fake.models)
     app.router.add_get("/version", _fixed({"version": "0.32.1"}))
@@ -80,14 +81,21 @@ async def adopted(fake: Fake, **settings: Any) -> AsyncIterator[tuple[OpenAiHttp
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    port = runner.addresses[0][1]
-    given = {"engine": "openai-http", "model": "m", "source": f"http://127.0.0.1:{port}/v1", **settings}
-    engine = OpenAiHttpEngine(LlmSettings(**given))
     try:
-        yield engine, await engine.start(lambda line: None)
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
     finally:
-        await engine.close()
         await runner.cleanup()
+
+
+@asynccontextmanager
+async def adopted(fake: Fake, **settings: Any) -> AsyncIterator[tuple[OpenAiHttpEngine, EngineInfo]]:
+    async with served(fake) as url:
+        given = {"engine": "openai-http", "model": "m", "source": url, **settings}
+        engine = OpenAiHttpEngine(LlmSettings(**given))
+        try:
+            yield engine, await engine.start(lambda line: None)
+        finally:
+            await engine.close()
 
 
 def _fixed(body: dict[str, Any]) -> Any:

@@ -87,6 +87,11 @@ class Continuation:
         self.obstacle = resume.refused_now(self._request, self._origin, self.transcript)
         return not self.obstacle and (not self._strict or resume.promised(self._request, self.transcript))
 
+    def brought(self, tokens: int) -> int:
+        """Tokens that the attempt under way has added; `tokens`: as it counted them itself. Without ids, an event with
+        text counts as one."""
+        return self.transcript.tokens - self.before if self.transcript is not None else tokens
+
     def go_on(self, reason: Reason, tokens: int, now: float) -> None:
         """The next attempt continues. `tokens`: what the lost one had brought."""
         if tokens or not self.under_way:

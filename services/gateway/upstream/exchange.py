@@ -322,7 +322,7 @@ class Exchange:
 
     def _brought(self) -> int:
         """Tokens of the attempt that is or was last under way."""
-        return self._last.tokens if self._last is not None else 0
+        return self._kept.brought(self._last.tokens if self._last is not None else 0)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
