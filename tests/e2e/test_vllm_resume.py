@@ -14,6 +14,7 @@ import pytest
 from infermesh.errors import Reason, from_rpc
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Relay, Resume
+from services.llm.tiny_model import MARKERS, SPECIAL
 from tests.kit.llm import LlmProcess, llm_python
 from tests.kit.llm_client import GREEDY, MODEL, Answer, Client
 from tests.kit.mesh import running_mesh, until
@@ -137,15 +138,21 @@ def _closed(whole: str) -> list[str]:
 
 
 def _in_order(whole: str, parts: list[str]) -> bool:
-    """Whether the parts are what the ids say, each once and in this order. Bytes that make no character are shown one
-    by one or together, as they come."""
-    whole, at = whole.replace("\ufffd", ""), 0
-    for part in (part.replace("\ufffd", "").strip() for part in parts):
+    """Whether the parts are what the ids say, each once and in this order. Parsers take markers out, and bytes that
+    make no character are shown one by one or together, as they come."""
+    whole, at = _bare(whole), 0
+    for part in map(_bare, parts):
         found = whole.find(part, at)
         if found < 0:
             return False
         at = found + len(part)
     return True
+
+
+def _bare(text: str) -> str:
+    for mark in (*SPECIAL, *MARKERS, "\ufffd"):
+        text = text.replace(mark, "")
+    return "".join(text.split())
 
 
 class two_instances:
