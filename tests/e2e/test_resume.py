@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,32 @@ async def test_nobody_notices_a_death_under_64_streams(tmp_path: Path) -> None:
         worst = max(heard.pause_s for heard, _, _ in answers)
         print(f"{len(moved)} of {STREAMS} streams moved, worst pause {worst * 1000:.0f} ms")
         assert worst < 5, "two cores; docs/faults.md holds what a quiet machine measures"
+
+
+async def test_a_frozen_instance_is_left_and_what_it_says_late_is_not_heard(tmp_path: Path) -> None:
+    async with running_mesh(tmp_path, THREE) as mesh:
+        asked = [asyncio.create_task(listen(mesh, number)) for number in range(12)]
+        await asyncio.sleep(1)
+        mesh.instances["one"].popen.send_signal(signal.SIGSTOP)
+        await asyncio.sleep(3)
+        mesh.instances["one"].popen.send_signal(signal.SIGCONT)
+        answers = await asyncio.gather(*asked)
+        assert all(heard.text == SAID and heard.ids == list(range(TOKENS)) for heard, _, _ in answers)
+        moved = sum("x-infermesh-resumes" in trailers for _, _, trailers in answers)
+        worst = max(heard.pause_s for heard, _, _ in answers)
+        print(f"{moved} of 12 streams left the frozen one, worst pause {worst * 1000:.0f} ms")
+        assert moved and worst < 10, "two cores; docs/faults.md holds what a quiet machine measures"
+
+
+async def test_a_drain_that_cannot_wait_hands_its_streams_over(tmp_path: Path) -> None:
+    hasty = (*PACE, "--grace-s", "0.5")
+    async with running_mesh(tmp_path, {"one": hasty, "two": hasty}) as mesh:
+        asked = [asyncio.create_task(listen(mesh, number)) for number in range(8)]
+        await asyncio.sleep(0.5)
+        mesh.instances["one"].popen.terminate()
+        answers = await asyncio.gather(*asked)
+        assert all(heard.text == SAID and heard.ids == list(range(TOKENS)) for heard, _, _ in answers)
+        assert any("x-infermesh-resumes" in trailers for _, _, trailers in answers)
 
 
 async def test_a_stream_outlives_two_instances_and_its_stop_string_spans_the_seams(tmp_path: Path) -> None:
