@@ -171,7 +171,7 @@ class Exchange:
             self._finish(lost)
             raise lost from None
         event, self._first = self._first, None
-        return event
+        return self._ahead.popleft() if event is None and self._ahead else event
 
     def _complete(self) -> bool:
         """Whether only the last event was lost, which we know ourselves: it is then among those ahead."""
