@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import pytest
 
 from infermesh.v1 import language_model_pb2 as lm
 from tests.kit.mesh import TestMesh, running_mesh
@@ -127,13 +128,14 @@ async def test_a_stream_outlives_two_instances_and_its_stop_string_spans_the_sea
         assert trailers["x-infermesh-resumes"] == "2" and trailers["x-infermesh-attempts"] == "3"
 
 
-async def test_rest_sees_a_pause_and_a_comment(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+async def test_rest_sees_a_pause_and_a_comment(tmp_path: Path, path: str) -> None:
     two = {"one": PACE, "two": PACE}
     async with running_mesh(tmp_path, two, http="127.0.0.1:0") as mesh, aiohttp.ClientSession() as http:
-        body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": TOKENS, "stream": True}
-        body["stream_options"] = {"include_usage": True}
+        body = {"model": "chat", "max_tokens": TOKENS, "stream": True, "stream_options": {"include_usage": True}}
+        body |= {"prompt": "hi"} if path == "completions" else {"messages": [{"role": "user", "content": "hi"}]}
         text, ids, comments, killed, usage = "", set(), [], False, None
-        async with http.post(f"http://{mesh.http}/v1/chat/completions", json=body) as reply:
+        async with http.post(f"http://{mesh.http}/v1/{path}", json=body) as reply:
             assert reply.status == 200
             async for line in reply.content:
                 if line.startswith(b": {"):
@@ -144,7 +146,8 @@ async def test_rest_sees_a_pause_and_a_comment(tmp_path: Path) -> None:
                 assert "error" not in chunk
                 ids.add(chunk["id"])
                 usage = chunk.get("usage") or usage
-                text += "".join(choice["delta"].get("content") or "" for choice in chunk["choices"])
+                said = [choice.get("text") or choice.get("delta", {}).get("content") for choice in chunk["choices"]]
+                text += "".join(filter(None, said))
                 if not killed and text.count(" w") >= 50:
                     killed = True
                     mesh.instances[reply.headers["x-infermesh-instance-id"]].kill()
