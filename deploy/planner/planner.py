@@ -5,7 +5,7 @@ Instances that the file has are kept and completed; models without any are place
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from deploy.fleet import Fault, Fleet, FleetError, Model
@@ -14,13 +14,14 @@ from deploy.planner.architecture import architecture_of_shape, dtype_of
 from deploy.planner.catalogue import Catalogue
 from deploy.planner.claims import claims
 from deploy.planner.cpu import cpu_remarks
+from deploy.planner.demand import load, most
 from deploy.planner.estimate import Estimate, estimate, instance_faults
 from deploy.planner.hosts import Host, hosts_of, node_faults
 from deploy.planner.layout import lacking
 from deploy.planner.place_encoder import place_encoders
 from deploy.planner.place_llm import Found, place_fallback, place_primary
 from deploy.planner.place_wide import place_gguf, place_over_hosts
-from deploy.planner.placed import Placed, Plan
+from deploy.planner.placed import Placed, Plan, Tier
 from deploy.planner.shape import Shape
 from deploy.planner.wanted import Wanted, wanted_of
 
@@ -45,7 +46,8 @@ def plan(fleet: Fleet, shapes: Mapping[str, Shape], catalogue: Catalogue, unread
     faults += instance_faults(fleet, shapes, {host.node.name: host for host in hosts})
     wanted = wanted_of(fleet)
     found = Found(hosts, shapes)
-    found.placed += _kept(fleet, shapes, hosts)
+    found.placed += _kept(fleet, shapes, hosts, wanted)
+    found.tiers += _tiers(found.placed, wanted)
     blocked = bool(faults)
     for fault in _place(fleet, shapes, catalogue, found, wanted):
         # A model may fit nowhere only because a node could not be read; then the node's fault says enough.
@@ -137,15 +139,39 @@ def _oldest(found: Found) -> list[str]:
     return list({card.name for card in free if keys and card.generation.key == min(keys, key=float)})
 
 
-def _kept(fleet: Fleet, shapes: Mapping[str, Shape], hosts: list[Host]) -> Iterator[Placed]:
+def _kept(fleet: Fleet, shapes: Mapping[str, Shape], hosts: list[Host], wanted: Wanted) -> Iterator[Placed]:
     """The file's own instances, with the numbers that it leaves out."""
     by_name = {host.node.name: host for host in hosts}
     for instance in fleet.instances:
         shape, host = shapes.get(instance.model), by_name.get(instance.node)
-        reasons, known = ("given in the file",), Estimate()
+        found = Placed(instance, ("given in the file",), Estimate())
         if shape and host and fleet.engine_of(instance) != "scripted":
             known = estimate(fleet, instance, shape, host)
-        yield Placed(instance, reasons, known)
+            demand = wanted.long if instance.tier == "long-context" and wanted.long else wanted.short
+            found = replace(found, estimate=known)
+            if known.speed and known.memory:
+                idle = load(known.speed, demand, 0.0)
+                rate = most(known.speed, demand, known.memory.kv_tokens.value // demand.length)
+                found = replace(found, rate=rate, ttft_s=idle.ttft_s if idle else None)
+                found = replace(found, tpot_ms=idle.tpot_ms if idle else None)
+        yield found
+
+
+def _tiers(kept: Sequence[Placed], wanted: Wanted) -> Iterator[Tier]:
+    """What the file's own LLM instances take together, by model and tier."""
+    together: dict[tuple[str, str], list[Placed]] = {}
+    for one in kept:
+        if one.estimate.speed:
+            together.setdefault((one.instance.model, one.instance.tier), []).append(one)
+    for (model, tier), alike in together.items():
+        demand = wanted.long if tier == "long-context" and wanted.long else wanted.short
+        asked = 0.0 if tier == "fallback" else demand.rate
+        capacity = sum(one.rate for one in alike)
+        lead = max(alike, key=lambda one: one.rate)
+        seen = None
+        if lead.estimate.speed and capacity:
+            seen = load(lead.estimate.speed, demand, min(demand.rate, capacity) * lead.rate / capacity)
+        yield Tier(model, tier, asked, capacity, seen.ttft_s if seen else None, seen.tpot_ms if seen else None)
 
 
 def _completed(fleet: Fleet, shapes: Mapping[str, Shape], found: Found) -> Fleet:

@@ -258,6 +258,8 @@ def test_the_document_and_the_completed_file() -> None:
     kept = plan(again, inline_shapes(again), shipped(), {}, "again")
     assert kept.fleet.instances == again.instances, "a completed file is kept as it is"
     assert kept.placed[2].estimate.memory and kept.placed[2].estimate.memory.kv_tokens.value == 59634
+    capacity = {tier.tier: tier.capacity for tier in kept.tiers}
+    assert capacity["primary"] == pytest.approx(found.tiers[0].capacity, rel=0.01) and capacity["long-context"] > 0.1
 
 
 def test_the_verdict_asks_the_simulation_that_it_is_given() -> None:
