@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from services.gateway.routing.pace import LEAST, Pace, share
+from services.gateway.routing.pace import LEAST, Pace, usual
 from tests.kit.virtual import virtual
 
 
 def paced(lag: float) -> Pace:
     return Pace(lag=lag, told=True)
+
+
+def share(own: Pace, others: list[Pace]) -> float:
+    own.judge(usual([own, *others]))
+    return own.share
 
 
 @pytest.mark.parametrize(
@@ -19,7 +24,7 @@ def paced(lag: float) -> Pace:
         (0.5, [0.0], 1.0),  # 1.6 times: noise
         (2.3, [0.0, 0.1], 0.1),
         (2.3, [2.3, 2.2], 1.0),  # all are
-        (2.3, [], 0.1),
+        (2.3, [], 1.0),  # nobody else is there
         (9.0, [0.0], LEAST),
         (-1.0, [0.0], 1.0),
         (0.0, [-2.0], 1.0),  # others are faster than their prediction: that is theirs

@@ -36,7 +36,9 @@ class Desk:
         self.pressure = Pressure(policy.ttft_s)
         self.born = now
         self.awake = Awake()
-        self.looked = 0.0  # awake
+        self.looks = 0
+        self.paced = 0.0  # awake: when `usual` was found
+        self.usual: dict[Lane, float] = {}  # how far behind its predictions each model's middle instance is
         self.ejections = Ejections(salt)
         self.bans: dict[str, str] = {}  # instance -> who banned it and why
         self.young = False

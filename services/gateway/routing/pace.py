@@ -43,10 +43,13 @@ class Pace:
         else:
             self.lag *= exp(-passed / FADE_S)
 
+    def judge(self, usual: float) -> None:
+        """Sets its share to one over how many times slower than the pool's middle it is."""
+        slower = exp(self.lag - max(0.0, usual)) if self.told else 1.0
+        self.share = 1.0 if slower < ODD else max(LEAST, 1 / slower)
 
-def share(own: Pace, others: Sequence[Pace]) -> float:
-    """Of its weight: one over how many times slower than the others' median it is."""
-    known = sorted(other.lag for other in others if other.told)
-    usual = known[len(known) // 2] if known else 0.0
-    slower = exp(own.lag - max(0.0, usual) if own.told else 0.0)
-    return 1.0 if slower < ODD else max(LEAST, 1 / slower)
+
+def usual(pool: Sequence[Pace]) -> float:
+    """The lag of the middle one, of two the smaller."""
+    known = sorted(pace.lag for pace in pool if pace.told)
+    return known[(len(known) - 1) // 2] if known else 0.0

@@ -13,9 +13,9 @@ from services.gateway.routing.ejections import FIRST_S, ramp
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.health import Cause, Link, Standing
 from services.gateway.routing.ledger import US
-from services.gateway.routing.pace import EVERY_S, share
+from services.gateway.routing.pace import EVERY_S, usual
 
-LOOK_S = 0.2
+PARTS = 4  # of the fleet, one a tick: everybody is looked at five times a second
 QUIET_S = 1.5  # frames come at least every second
 ASK_S = 0.5  # between two probes of an instance that is out
 STILL_S = 2.0  # no token of any stream, no step
@@ -33,20 +33,23 @@ ENCODE_S = 5.0
 
 
 def look(desk: Desk, now: float) -> list[Effect]:
-    """To be called at every tick; does something five times a second."""
-    awake = desk.awake.now
-    if awake - desk.looked < LOOK_S:
-        return []
-    desk.looked = awake
-    desk.ejections.forgive(now)
+    """To be called at every tick: each looks at one part of the fleet, so that none of them holds the loop."""
+    desk.looks += 1
+    part = desk.looks % PARTS
+    if not part:
+        desk.ejections.forgive(now)
     effects: list[Effect] = []
-    for instance in list(desk.fleet.instances.values()):
+    awake = desk.awake.now
+    if awake - desk.paced >= EVERY_S:
+        desk.paced = awake
+        desk.usual = {lane: usual([instance.pace for instance in pool]) for lane, pool in desk.fleet.pools.items()}
+    for instance in list(desk.fleet.instances.values())[part::PARTS]:
         if instance.ramp_from is not None:
             _ramp(instance, now)
         if awake - instance.pace.at >= EVERY_S and instance.state not in judge.OUT:
             _pace(desk, instance)
         effects += _look(desk, instance, now)
-    for instance in list(desk.fleet.leaving.values()):
+    for instance in list(desk.fleet.leaving.values())[part::PARTS]:
         effects += judge.move_calls(desk, instance, f"{instance.id} has left")
     return effects
 
@@ -147,8 +150,8 @@ def _pace(desk: Desk, instance: Instance) -> None:
     ledger, pace = instance.ledger, instance.pace
     streams = sum(entry.slots for entry in ledger.entries.values() if entry.started_at and entry.pulse.heeded)
     pace.note(desk.awake.now, instance.vital.tokens, streams, instance.rates.step(ledger.resident_tokens()))
-    pools = desk.fleet.pools_of(instance)
-    pace.share = share(pace, [other.pace for other in pools[0] if other is not instance] if pools else ())
+    endpoint = instance.endpoint
+    pace.judge(desk.usual.get((endpoint.kind, endpoint.model), 0.0))
 
 
 def _ramp(instance: Instance, now: float) -> None:
