@@ -325,6 +325,8 @@ async def test_keys_tenants_models_and_tokens_a_minute(tmp_path: Path) -> None:
         assert (await failure(mesh.llm.Chat(chat(), metadata=who("bob")))).reason is Reason.PERMISSION_DENIED
         drain = ms.DrainInstanceRequest(instance_id="a")
         assert (await failure(mesh.mesh.DrainInstance(drain, metadata=who("alice")))).reason is Reason.PERMISSION_DENIED
+        ban = ms.BanInstanceRequest(instance_id="a")
+        assert (await failure(mesh.mesh.BanInstance(ban, metadata=who("alice")))).reason is Reason.PERMISSION_DENIED
         await answer(mesh.llm.Chat(chat(max_tokens=60), metadata=who("alice")))
         limited = await failure(mesh.llm.Chat(chat(max_tokens=60), metadata=who("alice")))
         assert limited.reason is Reason.RATE_LIMITED and limited.retry_after_s > 0

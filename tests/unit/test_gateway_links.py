@@ -5,13 +5,20 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 
+import grpc.aio
+from grpc_health.v1 import health_pb2_grpc
+
 from infermesh.v1 import worker_pb2 as wk
 from registry.port import Entry, Snapshot
+from services.gateway.observe import Observe
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.decision import Abandon, Lease, Record
 from services.gateway.routing.facts import Facts
+from services.gateway.upstream.carrier import Carrier
+from services.gateway.upstream.channels import Channels
 from tests.kit.fake_instance import fake_instance
 from tests.kit.mesh import until
+from tests.kit.routing import endpoint, router
 from tests.kit.upstream import LEFT, silent, upstream
 
 
@@ -92,3 +99,25 @@ async def test_an_abandoned_call_moves_and_one_that_is_over_is_no_concern() -> N
         assert (text, identity.instance_id, identity.attempts) == (" w0 w1 w2", "b", 2)
         await until(lambda: a.cancelled == 1, 2)
         assert up.nothing_left() and up.carrier._calls == {}
+
+
+class Mute(health_pb2_grpc.HealthServicer):
+    """Takes every question and answers none."""
+
+    async def Check(self, request: object, context: object) -> None:
+        await asyncio.sleep(60)
+
+
+async def test_a_probe_whose_time_passed_while_we_slept_says_nothing() -> None:
+    """Without ticks, no time counts as passed: the deadline that gRPC's own threads saw was ours to miss."""
+    server = grpc.aio.server()
+    health_pb2_grpc.add_HealthServicer_to_server(Mute(), server)
+    frozen = endpoint("a", port=server.add_insecure_port("127.0.0.1:0"))
+    await server.start()
+    carrier = Carrier(router(frozen), Channels(), Observe(), asyncio.get_running_loop().time)
+    assert await carrier._check(frozen) is None
+    ticks = asyncio.create_task(carrier.run())
+    assert await carrier._check(frozen) is False
+    ticks.cancel()
+    await carrier.channels.close_all()
+    await server.stop(0)

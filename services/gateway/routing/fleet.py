@@ -40,12 +40,10 @@ class Instance:
     since: float = 0.0  # of its state
     settled: State = State.STARTING  # the one that those who wait were last placed by
     beats: bool = False  # it promised a frame a second at least
-    # Seconds awake (pulse.py): last frame; when the engine's steps last advanced, None = it counts none; last probe;
-    # last look at its single streams.
+    # Seconds awake (pulse.py): last frame; when the engine's steps last advanced, None = it counts none; last probe.
     heard: float = 0.0
     stepped: float | None = None
     asked: float = 0.0
-    scanned: float = 0.0
 
     @property
     def id(self) -> str:

@@ -16,6 +16,7 @@ from services.gateway.routing.ledger import US
 from services.gateway.routing.pace import EVERY_S, usual
 
 PARTS = 4  # of the fleet, one a tick: everybody is looked at five times a second
+TURNS = 5  # of those, one goes through all its streams
 QUIET_S = 1.5  # frames come at least every second
 ASK_S = 0.5  # between two probes of an instance that is out
 STILL_S = 2.0  # no token of any stream, no step
@@ -25,7 +26,6 @@ PROMPT_FACTOR = 4.0  # a prompt may take so many times its prediction
 UNTOLD_FACTOR = 5.0  # and so many times that, where the speed is a guess
 UNTOLD_S = 30.0
 CHUNK = 8192  # tokens of others' prompts that one step may compute
-SCAN_S = 1.0  # between two looks at single streams
 STALL_S = 3.0
 STEPPING_S = 120.0
 CROWDED_S = 10.0  # a stream may have been preempted where requests wait
@@ -43,18 +43,20 @@ def look(desk: Desk, now: float) -> list[Effect]:
     if awake - desk.paced >= EVERY_S:
         desk.paced = awake
         desk.usual = {lane: usual([instance.pace for instance in pool]) for lane, pool in desk.fleet.pools.items()}
-    for instance in list(desk.fleet.instances.values())[part::PARTS]:
+    turn = desk.looks // PARTS % TURNS
+    for number, instance in enumerate(list(desk.fleet.instances.values())[part::PARTS]):
         if instance.ramp_from is not None:
             _ramp(instance, now)
-        if awake - instance.pace.at >= EVERY_S and instance.state not in judge.OUT:
+        closely = number % TURNS == turn
+        if closely and instance.state not in judge.OUT:
             _pace(desk, instance)
-        effects += _look(desk, instance, now)
+        effects += _look(desk, instance, now, closely)
     for instance in list(desk.fleet.leaving.values())[part::PARTS]:
         effects += judge.move_calls(desk, instance, f"{instance.id} has left")
     return effects
 
 
-def _look(desk: Desk, instance: Instance, now: float) -> list[Effect]:
+def _look(desk: Desk, instance: Instance, now: float, closely: bool) -> list[Effect]:
     voices, awake = instance.voices, desk.awake.now
     if instance.state in judge.OUT:
         effects = judge.move_calls(desk, instance)
@@ -74,7 +76,7 @@ def _look(desk: Desk, instance: Instance, now: float) -> list[Effect]:
         if voices.standing is Standing.DOUBTED and voices.cause is Cause.NO_PROGRESS:
             return judge.cleared(desk, instance, now)
         return []
-    return _progress(desk, instance, now) or _stalls(desk, instance, now)
+    return _progress(desk, instance, now) or (_stalls(desk, instance) if closely else [])
 
 
 def _progress(desk: Desk, instance: Instance, now: float) -> list[Effect]:
@@ -119,13 +121,10 @@ def patience(instance: Instance) -> float:
     return bound + UNTOLD_S if ledger.pending and instance.stepped is None and not rates.told else bound
 
 
-def _stalls(desk: Desk, instance: Instance, now: float) -> list[Effect]:
+def _stalls(desk: Desk, instance: Instance) -> list[Effect]:
     """Streams that are silent while the instance works: each of them moves alone."""
     awake = desk.awake.now
-    if instance.endpoint.kind != "llm" or awake - instance.scanned < SCAN_S:
-        return []
-    instance.scanned = awake
-    if not panic.elsewhere(desk.fleet, instance):
+    if instance.endpoint.kind != "llm" or not panic.elsewhere(desk.fleet, instance):
         return []
     rates, report = instance.rates, instance.ledger.report
     crowded = report is None or report.waiting != 0

@@ -151,8 +151,9 @@ class Carrier:
         except (Exception, asyncio.CancelledError) as error:
             if we_were_cancelled(error):
                 raise
-            late = isinstance(error, grpc.aio.AioRpcError) and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            code = error.code() if isinstance(error, grpc.aio.AioRpcError) else None
+            late = code is grpc.StatusCode.DEADLINE_EXCEEDED
             if late and self.router.awake_s - asked < AWAKE_PART * PROBE_TIMEOUT_S:
                 return None
-            log.info("probe failed", instance=endpoint.id, error=str(error) or type(error).__name__)
+            log.info("probe failed", instance=endpoint.id, error=code.name if code else type(error).__name__)
             return False
