@@ -19,6 +19,7 @@ from infermesh.v1 import language_model_pb2 as lm
 BLOCK_BYTES = 512
 BLOCK_TOKENS = 128  # of an average text, 4 bytes a token
 MAX_CHAIN = 8192  # 4 MiB of prompt; hashing more would hold the event loop for milliseconds
+_CUTS = tuple(slice(at, at + BLOCK_BYTES) for at in range(0, MAX_CHAIN * BLOCK_BYTES, BLOCK_BYTES))
 MASK = (1 << 60) - 1  # an int of two digits takes 32 bytes in CPython, one of three takes 48
 
 # UTF-8 never holds these bytes, so that no text can imitate the seam between two others.
@@ -53,14 +54,12 @@ def block_share(request: lm.ChatRequest | lm.CompleteRequest) -> float:
 def hash_blocks(head: bytes, prompt: bytes) -> Prefix:
     """The chain over the full blocks of `prompt`, begun with the hash of `head`. A smaller rest has no hash."""
     size = len(prompt)
-    last = min(size // BLOCK_BYTES, MAX_CHAIN) * BLOCK_BYTES
-    if not last:
+    blocks = min(size // BLOCK_BYTES, MAX_CHAIN)
+    if not blocks:
         return Prefix()
-    seed = xxh3_64_intdigest(head)
-    chain = []
-    for at in range(0, last, BLOCK_BYTES):
-        seed = xxh3_64_intdigest(prompt[at : at + BLOCK_BYTES], seed) & MASK
-        chain.append(seed)
+    digest = xxh3_64_intdigest
+    seed = digest(head)
+    chain = [seed := digest(prompt[cut], seed) & MASK for cut in _CUTS[:blocks]]
     return Prefix(tuple(chain), BLOCK_BYTES / size)
 
 

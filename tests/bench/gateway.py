@@ -1,6 +1,6 @@
 """What the gateway costs: direct versus through it, gRPC and REST, unary and streaming, in one run on one machine.
 
-    make bench                     about two minutes; prints a table, and writes docs/bench.md with ARGS=--write
+    make bench                     about three minutes; prints a table, and writes docs/bench.md with ARGS=--write
 
 Instances that cost nothing serve: one embeds, one chats at once, one streams in steps of 5 ms, an event a token. They,
 the gateway and this client are a process each and share the cores. `gateway CPU` is the gateway process's own
@@ -30,6 +30,7 @@ import aiohttp
 import psutil
 
 sys.path.insert(0, str(Path(__file__).parent))
+import decision
 from load import Ask, Run, grpc_load, rest_load
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -227,15 +228,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="more or fewer requests (0.1 for a quick look)")
     parser.add_argument("--write", action="store_true", help="put the result into docs/bench.md")
+    parser.add_argument("--routing", action="store_true", help="only what a routing decision takes")
     args = parser.parse_args()
-    text = asyncio.run(report(args.scale))
-    print(text)
-    if args.write:
+    routing = decision.report()  # first: nothing else of ours runs beside it
+    print(routing)
+    page = ROOT / "docs/bench.md"
+    if args.routing:
+        rest = page.read_text().partition(decision.HEADING)[0].rstrip()
+    else:
+        text = asyncio.run(report(args.scale))
+        print(text)
         command = f"make bench ARGS='--write{'' if args.scale == 1 else f' --scale {args.scale:g}'}'"
-        page = (
-            f"# What the gateway costs\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\nCommand: `{command}`\n\n{text}\n"
-        )
-        (ROOT / "docs/bench.md").write_text(page)
+        rest = f"# What the gateway costs\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\nCommand: `{command}`\n\n{text}"
+    if args.write:
+        page.write_text(f"{rest}\n\n{routing}\n")
 
 
 if __name__ == "__main__":

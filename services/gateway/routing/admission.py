@@ -6,10 +6,10 @@ that would take it as things are; where nobody could take it yet, it is `unplace
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
+from services.gateway.routing.affinity import shared_blocks
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.fleet import Instance
 from services.gateway.routing.line import OVERDUE, Waiting
@@ -152,15 +152,3 @@ class Queue:
 
     def expired(self, now: float, most: int) -> list[Waiting]:
         return list(islice((waiting for waiting in self.tickets.values() if now >= waiting.until), most))
-
-
-def shared_blocks(a: Sequence[int], b: Sequence[int]) -> int:
-    """Blocks of the common beginning. Each hash is over all before it, so equality is decided by halving."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[middle - 1] == b[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low

@@ -1,5 +1,8 @@
 """Who holds which prefix in its KV cache: an inverted index from block hashes to sets of instances.
 
+What a decision inserts is only noted at first, and entered at the next end of a request or tick: a decision should not
+wait for bookkeeping.
+
 Everything a block costs is an entry in two dicts of ints: `hash -> bit mask of instances`, and, for each instance,
 `hash -> hash` by age. No object a block, so the garbage collector has nothing to walk. Dicts stay small enough (shards,
 ages) that growing one never holds the event loop for long.
@@ -11,60 +14,19 @@ from collections.abc import Iterable, Sequence
 
 from xxhash import xxh3_64_intdigest
 
+from services.gateway.routing.ages import Slot
+
 BLOCK_TOKENS = 128  # of a chain's block, where nobody says: 512 bytes at 4 bytes a token
 PRIOR_BLOCKS = 4096  # capacity of an instance that does not tell its own
 LARGEST = 1 << 15  # blocks tracked of one instance
 BYTES = 250  # of memory a tracked block, at most; measured by tests/bench/prefix.py
 SHARDS = 16  # a power of two
 HINT_SHARE = 0.25  # of the prompt that the holder of a hinted document or session is thought to have
+NOTED = 8  # prompts noted and not yet entered; with more, each insert enters the oldest
 PURGE = 256  # blocks of forgotten instances that each insert cleans up
-AGE = 4  # so many ages make a capacity; least recently used is told by age
-MOST_AGES = 6
 SHRINK, GROW = 0.9, 1.1  # of the assumed capacity, after a report of fewer or more cached blocks than expected
 _MASK = (1 << 60) - 1
 _SHARD = SHARDS - 1
-
-
-class _Slot:
-    """One instance. `told`: it sends cache frames. `tells`: its usage has named cached tokens.
-
-    `ages`: the blocks by when they were used last, the newest age at the end. In an age a block stands before those
-    that continue it, and it is never of an older age than they are; so taking from the end of the oldest age forgets
-    the end of a prefix before its start. Each key is its own value, so that a block keeps its one int object.
-    """
-
-    __slots__ = ("ages", "bit", "capacity", "epoch", "id", "nominal", "number", "tells", "told")
-
-    def __init__(self, id: str, number: int, nominal: int) -> None:
-        self.id = id
-        self.number = number
-        self.bit = 1 << number
-        self.nominal = self.capacity = nominal
-        self.ages: list[dict[int, int]] = [{}]
-        self.epoch = 0
-        self.told = self.tells = False
-
-    @property
-    def size(self) -> int:
-        return sum(map(len, self.ages))
-
-    def take(self, key: int) -> int | None:
-        """Removes a block. Returns the key's own object."""
-        for age in reversed(self.ages):
-            known = age.pop(key, None)
-            if known is not None:
-                return known
-        return None
-
-    def grow_older(self) -> None:
-        """Begins a new age when the newest is full."""
-        ages = self.ages
-        if len(ages[-1]) * AGE < self.capacity:
-            return
-        ages.append({})
-        if len(ages) > MOST_AGES:
-            older = ages.pop(0)
-            ages[0].update(older)
 
 
 class PrefixIndex:
@@ -76,24 +38,28 @@ class PrefixIndex:
         self._bound = min(max_entries, max_bytes // BYTES)
         self._block_tokens = block_tokens
         self._masks: list[dict[int, int]] = [{} for _ in range(SHARDS)]
-        self._slots: dict[str, _Slot] = {}
-        self._numbers: list[_Slot | None] = []
+        self._slots: dict[str, Slot] = {}
+        self._numbers: list[Slot | None] = []
         self._alive = 0
-        self._dying: list[_Slot] = []
+        self._dying: list[Slot] = []
         self._entries = 0
+        self._noted: list[tuple[Slot, Sequence[int]]] = []
 
     def __len__(self) -> int:
         """Entries, those of forgotten instances included until they are cleaned up."""
+        self.settle()
         return self._entries
 
     def blocks(self, instance: str) -> int:
         """How many blocks the instance is thought to hold."""
+        self.settle()
         slot = self._slots.get(instance)
         return slot.size if slot is not None else 0
 
     def track(self, instance: str, kv_tokens: int = 0) -> None:
         """Makes the instance known, or changes its capacity; 0 = unknown. What is not tracked holds nothing."""
         nominal = min(kv_tokens // self._block_tokens, LARGEST) if kv_tokens else PRIOR_BLOCKS
+        self.settle()
         slot = self._slots.get(instance)
         if slot is None:
             self._slots[instance] = self._new_slot(instance, nominal)
@@ -103,6 +69,7 @@ class PrefixIndex:
 
     def forget(self, instance: str) -> None:
         """It is gone, or lives anew with an empty cache."""
+        self.settle()
         slot = self._slots.pop(instance, None)
         if slot is not None:
             self._bury(slot)
@@ -113,22 +80,40 @@ class PrefixIndex:
         """(instance, blocks from the chain's start that it holds), most first; those that hold none are left out."""
         masks, left, depth = self._masks, self._alive, 0
         found: list[tuple[str, int]] = []
+        before = -1
         for key in chain:
             mask = masks[key & _SHARD].get(key, 0)
-            if mask & left != left:
-                if depth:
-                    found += [(id, depth) for id in self._ids(left & ~mask)]
-                left &= mask
-                if not left:
-                    break
+            if mask is not before:  # neighbours mostly share one int
+                before = mask
+                if mask & left != left:
+                    if depth:
+                        found += [(id, depth) for id in self._ids(left & ~mask)]
+                    left &= mask
+                    if not left:
+                        break
             depth += 1
         if left and depth:
             found += [(id, depth) for id in self._ids(left)]
         found.reverse()
-        return found
+        return self._with_noted(chain, found) if self._noted and chain else found
+
+    def _with_noted(self, chain: Sequence[int], found: list[tuple[str, int]]) -> list[tuple[str, int]]:
+        first = chain[0]
+        more = {
+            slot.id: shared_blocks(known[: slot.capacity], chain)
+            for slot, known in self._noted
+            if known and known[0] == first
+        }
+        if not more:
+            return found
+        held = dict(found)
+        for id, blocks in more.items():
+            held[id] = max(blocks, held.get(id, 0))
+        return sorted(held.items(), key=_depth, reverse=True)
 
     def holders(self, key: int) -> list[str]:
         """The instances that hold one block, or have met a hint's key."""
+        self.settle()
         return self._ids(self._masks[key & _SHARD].get(key, 0) & self._alive)
 
     def shares(self, chain: Sequence[int], chain_share: float, hints: Sequence[int] = ()) -> dict[str, float]:
@@ -146,18 +131,32 @@ class PrefixIndex:
 
     def insert(self, instance: str, chain: Sequence[int]) -> None:
         """The instance is about to compute these blocks. The end of a chain is forgotten before its start."""
+        slot = self._slots.get(instance)
+        if slot is None:
+            return
+        self._noted.append((slot, chain))
+        if len(self._noted) > NOTED:
+            self._enter(*self._noted.pop(0))
+
+    def settle(self) -> None:
+        """Enters what was noted."""
+        if self._noted:
+            noted, self._noted = self._noted, []
+            for slot, chain in noted:
+                self._enter(slot, chain)
+
+    def _enter(self, slot: Slot, chain: Sequence[int]) -> None:
         if self._dying:
             self._purge(PURGE)
-        slot = self._slots.get(instance)
-        if slot is not None:
-            self._add(slot, chain if len(chain) <= slot.capacity else chain[: slot.capacity])
-            self._trim(slot)
+        self._add(slot, chain if len(chain) <= slot.capacity else chain[: slot.capacity])
+        self._trim(slot)
 
     def cache_frame(
         self, instance: str, added: Iterable[int], removed: Iterable[int], snapshot: bool = False, epoch: int = 0
     ) -> None:
         """What the instance says itself. `added`: a block before those that continue it. A snapshot replaces all that
         was thought; a frame of another epoch than the last snapshot's speaks of a cache that is no more."""
+        self.settle()
         slot = self._slots.get(instance)
         if slot is None:
             return
@@ -185,6 +184,7 @@ class PrefixIndex:
         forgets sooner than its capacity says (others use it too): the assumed capacity shrinks, and with it go the
         blocks used longest ago; more let it grow again. Frames make this guess needless.
         """
+        self.settle()
         slot = self._slots.get(instance)
         if slot is None or not chain:
             return
@@ -215,7 +215,7 @@ class PrefixIndex:
             mask ^= low
         return found
 
-    def _add(self, slot: _Slot, keys: Iterable[int]) -> None:
+    def _add(self, slot: Slot, keys: Iterable[int]) -> None:
         newest, bit, masks = slot.ages[-1], slot.bit, self._masks
         ages = slot.ages[-2::-1]
         seen = -1  # neighbours mostly have the same holders, and then share one int
@@ -242,7 +242,7 @@ class PrefixIndex:
         self._entries += new
         slot.grow_older()
 
-    def _clear(self, slot: _Slot, key: int) -> None:
+    def _clear(self, slot: Slot, key: int) -> None:
         shard = self._masks[key & _SHARD]
         mask = shard[key] & ~slot.bit
         if mask:
@@ -251,7 +251,7 @@ class PrefixIndex:
             del shard[key]
         self._entries -= 1
 
-    def _trim(self, slot: _Slot) -> None:
+    def _trim(self, slot: Slot) -> None:
         size = slot.size
         if size > slot.capacity:
             self._drop(slot, size - slot.capacity)
@@ -262,7 +262,7 @@ class PrefixIndex:
             largest = max(self._slots.values(), key=_size)
             self._drop(largest, max(over, largest.size // 64))
 
-    def _drop(self, slot: _Slot, count: int) -> None:
+    def _drop(self, slot: Slot, count: int) -> None:
         """Forgets what was used longest ago; as much as there is."""
         ages, bit, masks = slot.ages, slot.bit, self._masks
         before = slot.size
@@ -278,9 +278,9 @@ class PrefixIndex:
                 shard[key] = mask ^ bit
         self._entries -= min(count, before)
 
-    def _new_slot(self, instance: str, nominal: int) -> _Slot:
+    def _new_slot(self, instance: str, nominal: int) -> Slot:
         number = next((at for at, slot in enumerate(self._numbers) if slot is None), len(self._numbers))
-        slot = _Slot(instance, number, nominal)
+        slot = Slot(instance, number, nominal)
         if number == len(self._numbers):
             self._numbers.append(slot)
         else:
@@ -288,7 +288,7 @@ class PrefixIndex:
         self._alive |= slot.bit
         return slot
 
-    def _bury(self, slot: _Slot) -> None:
+    def _bury(self, slot: Slot) -> None:
         """Out of sight at once; its entries and its bit come free little by little."""
         self._alive &= ~slot.bit
         self._dying.append(slot)
@@ -305,8 +305,24 @@ class PrefixIndex:
                 self._numbers[slot.number] = None
 
 
-def _size(slot: _Slot) -> int:
+def _size(slot: Slot) -> int:
     return slot.size
+
+
+def _depth(found: tuple[str, int]) -> int:
+    return found[1]
+
+
+def shared_blocks(a: Sequence[int], b: Sequence[int]) -> int:
+    """Blocks of the common beginning. Each hash is over all before it, so equality is decided by halving."""
+    low, high = 0, min(len(a), len(b))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if a[middle - 1] == b[middle - 1]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def hint_keys(tenant: str, document_id: str, session_id: str) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ EXAMINED = 48  # instances of a large pool that are looked at closely, beside th
 HOLDERS = 16
 SAMPLE_TOKENS = 2000  # a prompt that tells fast instances from slow ones when a large pool is thinned out
 
+_candidate = tuple.__new__  # takes a third of the time of the named tuple's own
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:
@@ -75,21 +77,24 @@ def choose(
     long = llm and all(instance.endpoint.tier == "long-context" for instance in passed)
     over = llm and filters.context_word(passed[0].endpoint.capacity, prompt, facts.max_tokens, facts.counted)
     asks = over == "context_over"  # too long for all of them: whoever is asked refuses at once, with the exact count
-    waits = [instance.ledger.wait_s(now) for instance in passed]
-    crowds = [instance.crowd() for instance in passed]
-    backlog = sum(waits) + sum(i.line.seconds * crowd for i, crowd in zip(passed, crowds, strict=True))
+    loads: list[tuple[float, float, float]] = []  # wait, gateways' crowd, seconds of the line
+    backlog = 0.0
+    for instance in passed:
+        ledger, standing = instance.ledger, instance.line
+        wait = ledger.wait_s(now)
+        crowd = instance.crowd() if ledger.foreign_running else 1.0
+        behind = standing.seconds * crowd if standing.count else 0.0
+        backlog += wait + behind
+        loads.append((wait, crowd, behind))
     mean_backlog = backlog / len(passed)
-    mean_output = estimate.output
     candidates: list[Candidate] = []
     details: list[tuple[float, float]] = []
     full: list[tuple[str, str]] = []
-    for instance, wait, crowd in zip(passed, waits, crowds, strict=True):
+    for instance, (wait, crowd, behind) in zip(passed, loads, strict=True):  # a hot loop
         endpoint, ledger, rates = instance.endpoint, instance.ledger, instance.rates
-        capacity = endpoint.capacity
         share = held.get(endpoint.id, 0.0) if held else 0.0
         cached = cached_tokens(share, prompt) if share else 0
         line = room = reserve = decode = step = 0.0
-        price = cost.price(min(mean_backlog, wait + instance.line.seconds * crowd))
         slot = not facts.slots or instance.has_slot(now)
         if not slot:
             full.append((endpoint.id, "no_room"))
@@ -97,32 +102,30 @@ def choose(
         running = ledger.own_slots + ledger.foreign_running
         if llm:
             step = rates.step(ledger.resident_tokens() + prompt)
+            decode = output * step
             if running:
                 work *= rates.interference(step)
-            delayed = cost.delayed_s(running - len(ledger.pending), work, rates.kv_s * (prompt + output / 2) * output)
-            decode = cost.DECODE_SHARE * (output * step + delayed)
-            queue = 1 + instance.line.count * crowd  # those who wait for the same room
-            free_slot = cost.slot_wait_s(mean_output, step, running)
-            if not slot:
-                room = max(instance.full_until - now, free_slot * queue)
-            if capacity.kv_tokens and running:
-                kept = 0
-                if not long and endpoint.tier == "long-context":
-                    kept = instance.reserve.kv_tokens(now, capacity.kv_tokens)
-                used = ledger.kv_used(capacity.kv_tokens)
-                missing = used + round((prompt - cached + output) * crowd) + kept - capacity.kv_tokens
-                if missing > 0:
-                    room = max(room, cost.kv_wait_s(missing, used, running, free_slot) + free_slot * queue)
-            if not long and endpoint.tier == "long-context":
+                growth = rates.kv_s * (prompt + output / 2) * output
+                decode += cost.delayed_s(running - len(ledger.pending), work, growth)
+            decode *= cost.DECODE_SHARE
+            wide = endpoint.tier == "long-context" and not long
+            if running or not slot:
+                kept = instance.reserve.kv_tokens(now, endpoint.capacity.kv_tokens) if wide else 0
+                need = (prompt - cached + output) * crowd + kept
+                room = _room(instance, slot, need, crowd, cost.slot_wait_s(estimate.output, step, running), now)
+            if wide:
                 reserve = cost.reserve_s(work, instance.reserve.load(now))
         elif not slot:
             room = max(instance.full_until - now, wait / max(1, running))
-        if instance.line.count:
+        if behind:
             line = instance.line.ahead_s(work) * crowd
+        load = wait + behind
+        priced = work * cost.price(load if load < mean_backlog else mean_backlog)
         ready = slot and (asks or (not room and instance.is_open(wait, crowd)))
-        seconds = (wait, line, room, work * price, reserve, decode)
         weight = rates.weight * instance.share * instance.pace.share
-        candidates.append(Candidate(endpoint.id, sum(seconds) / weight, seconds, weight, cached, ready))
+        total = (wait + line + room + priced + reserve + decode) / weight
+        seconds = (wait, line, room, priced, reserve, decode)
+        candidates.append(_candidate(Candidate, (endpoint.id, total, seconds, weight, cached, ready)))
         details.append((work, step))
     index, reason = _cheapest(candidates, details, facts, held, draw)
     chosen, (work, step) = candidates[index], details[index]
@@ -144,6 +147,22 @@ def choose(
         unexamined=len(pool) - len(examined),
     )
     return Choice(record, passed[index], ready, work, step, chosen.cached_tokens, thought - work - step, long, asks)
+
+
+def _room(instance: Instance, slot: bool, need: float, crowd: float, free_slot: float, now: float) -> float:
+    """Seconds until a slot and `need` tokens of KV room are free. `free_slot`: until one of those running ends."""
+    ledger, kv_tokens = instance.ledger, instance.endpoint.capacity.kv_tokens
+    running = ledger.own_slots + ledger.foreign_running
+    room = 0.0
+    queue = 1 + instance.line.count * crowd  # those who wait for the same room
+    if not slot:
+        room = max(instance.full_until - now, free_slot * queue)
+    if kv_tokens and running:
+        used = ledger.kv_used(kv_tokens)
+        missing = used + round(need) - kv_tokens
+        if missing > 0:
+            room = max(room, cost.kv_wait_s(missing, used, running, free_slot) + free_slot * queue)
+    return room
 
 
 def _cheapest(
@@ -202,8 +221,6 @@ def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) 
         refusal, message = None, f"every instance of {facts.model} is still being reached"
     elif features and len(features) == len(usable):
         refusal, message = Reason.UNSUPPORTED, f"no instance of {facts.model} serves {', '.join(features)}"
-    elif facts.alike is not None:
-        message = f"no instance of {facts.model} is left with the same weights, tokenizer and template"
     elif "context_under" in words:
         message = f"no instance of {facts.model} takes prompts as short as {prompt} tokens"
     elif words == {"context_over"}:

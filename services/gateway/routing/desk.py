@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from infermesh.errors import Reason
-from services.gateway.routing.admission import Bounds, Lane, Queue, shared_blocks
-from services.gateway.routing.affinity import PrefixIndex, cached_blocks, hint_keys
+from services.gateway.routing.admission import Bounds, Lane, Queue
+from services.gateway.routing.affinity import PrefixIndex, cached_blocks, hint_keys, shared_blocks
 from services.gateway.routing.choice import Choice, cached_tokens, choose, tokens
 from services.gateway.routing.decision import Lease, Record
 from services.gateway.routing.degrade import Pressure

@@ -96,6 +96,7 @@ class Router:
         """What time alone does: waits that end, pauses that are over, instances nobody vouches for. To be called every
         50 ms, and again at once while it has effects: one call ends only some of the waits."""
         self._desk.awake.tick(now)
+        self._desk.index.settle()
         effects = serving.expire(self._desk, now)
         for instance in [i for i in self.fleet.instances.values() if i.voices.over(now)]:
             effects += membership.retire(self._desk, instance, "no longer registered", now)
