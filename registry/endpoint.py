@@ -126,7 +126,7 @@ class Rejected:
 # Readers of metadata values; they raise ValueError with what is allowed.
 def _number(low: float, high: float) -> Callable[[str], float]:
     def read(text: str) -> float:
-        value = float(text)
+        value = float(_plain(text))
         if not math.isfinite(value) or not low <= value <= high:
             raise ValueError(f"{text} is not within {low:g} .. {high:g}")
         return value
@@ -136,12 +136,19 @@ def _number(low: float, high: float) -> Callable[[str], float]:
 
 def _count(high: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        value = int(text)
+        value = int(_plain(text))
         if not 0 <= value <= high:
             raise ValueError(f"{text} is not within 0 .. {high}")
         return value
 
     return read
+
+
+def _plain(text: str) -> str:
+    """Python reads 1_000 and digits of every script as numbers; other readers of the registry do not."""
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"{text!r} is not a plain number")
+    return text
 
 
 def _one_of(*allowed: str) -> Callable[[str], str]:
@@ -164,7 +171,9 @@ def _hex64(text: str) -> int:
     return value
 
 
-_RATE = _number(1e-3, 1e9)
+# Wider than any machine, and narrow enough that a slip of units or a zero too many is told, not routed by.
+_RATE = _number(0.01, 1e8)  # a second
+_MS = 60_000.0
 # Key of the metadata -> (attribute path, reader). Unknown and empty values are left out.
 _FIELDS: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "model": ("model", str),
@@ -180,10 +189,10 @@ _FIELDS: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "tp": ("hardware.tp", _count(1024)),
     "pp": ("hardware.pp", _count(1024)),
     "prefill_tps": ("speed.prefill_tps", _RATE),
-    "prefill_doubling_ctx": ("speed.prefill_doubling_ctx", _RATE),
-    "step_ms": ("speed.step_ms", _number(1e-6, 1e6)),
-    "kv_us_per_ktoken": ("speed.kv_us_per_ktoken", _number(0, 1e9)),
-    "fixed_ms": ("speed.fixed_ms", _number(0, 1e6)),
+    "prefill_doubling_ctx": ("speed.prefill_doubling_ctx", _number(1, 1e12)),
+    "step_ms": ("speed.step_ms", _number(1e-6, _MS)),
+    "kv_us_per_ktoken": ("speed.kv_us_per_ktoken", _number(0, 1000 * _MS)),
+    "fixed_ms": ("speed.fixed_ms", _number(0, _MS)),
     "tokens_per_s": ("speed.tokens_per_s", _RATE),
     "speed_source": ("speed.source", _one_of(*SPEED_SOURCES)),
     "context_min": ("capacity.context_min", _count(1 << 31)),
@@ -253,6 +262,8 @@ def from_metadata(id: str, kind: str, host: str, port: int, metadata: Mapping[st
     contract = metadata.get("contract", "")
     if contract != CONTRACT:
         return Rejected(id, kind, address, _shown(f"contract {contract!r}, this gateway speaks {CONTRACT!r}"))
+    if len(metadata) > MAX_PAIRS:
+        return Rejected(id, kind, address, f"{len(metadata)} metadata keys, at most {MAX_PAIRS} are read")
     values: dict[str, object] = {}
     parts: dict[str, dict[str, object]] = {name: {} for name in _PARTS}
     for key, text in metadata.items():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import socket
 from dataclasses import replace
+from math import isfinite
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from registry.address import open_registry, parse_url, split_address
@@ -15,6 +16,7 @@ from registry.consul import ConsulRegistry, Tls
 from registry.embedded import MeshRegistry
 from registry.endpoint import (
     CONTRACT,
+    KINDS,
     Capacity,
     Endpoint,
     Hardware,
@@ -26,10 +28,13 @@ from registry.endpoint import (
     unusable_id,
 )
 from registry.port import RegistryError
+from services.gateway.routing.decision import Refuse, Wait
+from services.gateway.routing.facts import Facts, Member
+from services.gateway.routing.router import Router
 
 PLAIN = Endpoint("a", "llm", "10.0.0.1", 80, "m")
 words = st.text(st.characters(categories=("L", "N", "P"), exclude_characters=","), max_size=40)
-rates = st.none() | st.floats(1, 1e8)
+rates = st.none() | st.floats(1, 60_000)
 
 
 @given(
@@ -37,9 +42,7 @@ rates = st.none() | st.floats(1, 1e8)
     model=words.filter(bool),
     aliases=st.lists(words.filter(bool), max_size=3).map(tuple),
     zone=words,
-    speed=st.builds(Speed, rates, rates, rates, rates, rates, rates, st.sampled_from(["prior", "observed"])).filter(
-        lambda s: not (s.step_ms and s.step_ms > 1e6) and not (s.fixed_ms and s.fixed_ms > 1e6)
-    ),
+    speed=st.builds(Speed, rates, rates, rates, rates, rates, rates, st.sampled_from(["prior", "observed"])),
     weight=st.floats(0.001, 1000),
     tier=st.sampled_from(["primary", "long-context", "fallback"]),
     extra=st.dictionaries(st.from_regex(r"x[A-Za-z0-9_-]{1,20}", fullmatch=True), words.filter(bool), max_size=4),
@@ -55,6 +58,59 @@ def test_no_metadata_is_too_strange(metadata: dict[str, str]) -> None:
     assert isinstance(read, Endpoint | Rejected)
     if isinstance(read, Rejected):
         assert read.reason and read.reason.isprintable() and len(read.reason) <= 200
+
+
+NUMBERS = (
+    *("prefill_tps", "prefill_doubling_ctx", "step_ms", "kv_us_per_ktoken", "fixed_ms", "tokens_per_s", "weight"),
+    *("context_min", "context_max", "max_running", "kv_tokens", "kv_block", "tp", "pp", "device_count", "memory_mib"),
+)
+odd_numbers = (
+    st.sampled_from(["nan", "-nan", "inf", "-inf", "1e999", "-1", "-0.0", "0", "1e-300", "1e300", "1_000", "0x10"])
+    | st.sampled_from(["\u0661\u0662", "\uff11", " 7", "7 ", "+7", "", "1e8", "9" * 400, "None", "1,5", "1;DROP"])
+    | st.floats().map(repr)
+    | st.integers().map(str)
+    | st.text(max_size=20)
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.dictionaries(st.sampled_from(NUMBERS), odd_numbers, min_size=1, max_size=5), st.sampled_from(KINDS[:3]))
+def test_absurd_numbers_are_rejected_by_name_and_the_rest_keeps_serving(odd: dict[str, str], kind: str) -> None:
+    """Whatever an instance claims: it is refused with the key's name, or every number that follows is finite."""
+    read = from_metadata("odd", kind, "10.0.0.2", 80, {"contract": CONTRACT, "model": "m", **odd})
+    members = [Member(replace(PLAIN, kind=kind))]
+    if isinstance(read, Rejected):
+        assert any(f"metadata {key}:" in read.reason for key in odd), read.reason
+    else:
+        members.append(Member(read))
+    router = Router(0.0)
+    router.update(members, 0.0)
+    for member in members:
+        router.linked(member.endpoint.id, member.endpoint.incarnation, 0.0)
+    for i in range(3):
+        decision = router.pick(Facts(kind, "m", prompt_tokens=500, max_tokens=20, since=100.0), 100.0 + i)
+        assert not isinstance(decision, Refuse)
+        record = decision.record if isinstance(decision, Wait) else decision.lease.record
+        assert "a" in {candidate.id for candidate in record.candidates}
+        for candidate in record.candidates:
+            assert all(isfinite(seconds) and seconds >= 0 for seconds in (candidate.cost_s, *candidate.seconds))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "reason"),
+    [
+        ({"weight": "nan"}, "metadata weight: nan is not within 0.001 .. 1000"),
+        ({"weight": "-2"}, "metadata weight: -2 is not within 0.001 .. 1000"),
+        ({"prefill_tps": "-4300"}, "metadata prefill_tps: -4300 is not within 0.01 .. 1e+08"),
+        ({"prefill_tps": "4_300"}, "metadata prefill_tps: '4_300' is not a plain number"),
+        ({"step_ms": "27000000"}, "metadata step_ms: 27000000 is not within 1e-06 .. 60000"),
+        ({"context_min": "9", "context_max": "8"}, "metadata context_min: 9 is not below context_max 8"),
+        ({f"k{n}": "" for n in range(80)}, "82 metadata keys, at most 64 are read"),
+    ],
+)
+def test_the_reason_names_the_key_and_what_is_allowed(metadata: dict[str, str], reason: str) -> None:
+    read = from_metadata("a", "llm", "10.0.0.1", 80, {"contract": CONTRACT, "model": "m", **metadata})
+    assert isinstance(read, Rejected) and read.reason == reason
 
 
 def test_defaults_are_unknown_and_not_zero() -> None:

@@ -164,6 +164,26 @@ def test_a_full_fallback_leaves_requests_with_their_own_model() -> None:
     assert isinstance(d, Wait) and d.record.model == "m"
 
 
+def test_those_who_wait_yield_too_when_the_pressure_comes_after_them() -> None:
+    fleet = (endpoint("a"), endpoint("small", 1e6, model="s", tier="fallback"))
+    r = router(*fleet, policy=Policy(ttft_s=2.0, fallbacks={"m": "s"}))
+    r.pick(facts(1000), NOW)
+    early = {}
+    for klass, degrade in (("bulk", None), ("standard", True), ("core", True), ("bulk", False), ("standard", None)):
+        d = r.pick(facts(klass=klass, degrade=degrade), NOW)
+        assert isinstance(d, Wait)  # 1.5 s at most: no pressure yet
+        early[d.ticket] = (klass, degrade)
+    gone: list[tuple[str, bool | None]] = []
+    for i in range(60):
+        now = NOW + i / 50
+        r.pick(facts(klass="core", since=now), now)  # a flood that does not yield
+        newcomer = r.pick(facts(klass=("bulk", "standard", "core")[i % 3], degrade=True, since=now), now)
+        if isinstance(newcomer, Wait):
+            r.cancel(newcomer.ticket, now)
+        gone += [early[e.ticket] for e in r.tick(now) if isinstance(e, Dispatch) and e.lease.record.degraded_from]
+    assert gone == [("bulk", None), ("standard", True), ("core", True)]
+
+
 def test_the_switch_has_hysteresis_and_a_dwell() -> None:
     switch, moves, was = Switch(), 0, False
     for i in range(1200):  # a square wave of 1 s over two minutes, and noise around both thresholds

@@ -32,7 +32,8 @@ class Choice:
     neither: then it may wait, for anybody or (`settling`) for an instance that is still being linked.
 
     `work`: seconds of its prompt there. `long`: only the long-context tier could take it. `asks`: it is thought to be
-    too long for everybody, and the instance is asked for the exact count.
+    too long for everybody, and the instance is asked for the exact count. `wait`: seconds until it would begin;
+    `pressure`: the same if those who are late already went before it, which tells how full the model's tier is.
     """
 
     record: Record
@@ -44,6 +45,7 @@ class Choice:
     wait: float = 0.0
     long: bool = False
     asks: bool = False
+    pressure: float = 0.0
     refusal: Reason | None = None
     message: str = ""
     settling: bool = False
@@ -146,7 +148,9 @@ def choose(
         predicted_ttft_s=thought,
         unexamined=len(pool) - len(examined),
     )
-    return Choice(record, passed[index], ready, work, step, chosen.cached_tokens, thought - work - step, long, asks)
+    instance, wait = passed[index], thought - work - step
+    pressure = wait + instance.line.late_s(work) * loads[index][1] if instance.line.count else wait
+    return Choice(record, instance, ready, work, step, chosen.cached_tokens, wait, long, asks, pressure)
 
 
 def _room(instance: Instance, slot: bool, need: float, crowd: float, free_slot: float, now: float) -> float:

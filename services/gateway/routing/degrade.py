@@ -40,12 +40,23 @@ class Pressure:
 
     def yields(self, facts: Facts, wait: float, now: float) -> bool:
         """Whether this request goes to the fallback, where `wait` seconds await it at its own model."""
-        if not allowed(facts):
-            return False
+        return allowed(facts) and self._switch(facts).move(wait, self._target(facts) * _yields_at(facts), now)
+
+    def yielding(self, facts: Facts) -> bool:
+        """Whether newcomers like this one go to the fallback at present."""
+        return allowed(facts) and self._switch(facts).on
+
+    def _switch(self, facts: Facts) -> Switch:
+        return self._switches.setdefault((facts.model, facts.klass, self._target(facts)), Switch())
+
+    def _target(self, facts: Facts) -> float:
         # Targets in powers of two: callers choose them, and must not make a switch each.
         target = self._ttft_s
         if facts.ttft_target_s > 0:
             while target > facts.ttft_target_s and target > 0.1:
                 target /= 2
-        switch = self._switches.setdefault((facts.model, facts.klass, target), Switch())
-        return switch.move(wait, target * YIELDS_AT.get(facts.klass, 1.5), now)
+        return target
+
+
+def _yields_at(facts: Facts) -> float:
+    return YIELDS_AT.get(facts.klass, 1.5)

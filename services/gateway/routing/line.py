@@ -47,22 +47,28 @@ class Waiting:
     late: bool = False
     overdue: bool = False
     degraded_from: str = ""
+    looked: int = 0  # times it was asked whether the fallback would serve it sooner
 
     def order(self, work: float, saved: float) -> Key:
         facts = self.facts
         key = work - HASTE * saved + AGING * facts.since + (LATE if self.late else 0.0)
         return (_CLASS_RANK.get(facts.klass, 1), -facts.priority, key, self.ticket)
 
+    def yields_after(self) -> tuple[int, int, int]:
+        """Who goes to a fallback first: the least looked at, then the least of the core, then the newest."""
+        return self.looked, -_CLASS_RANK.get(self.facts.klass, 1), -self.ticket
+
 
 @dataclass(slots=True)
 class Line:
-    """`seconds`: work of all that stand here; `sizes`: of those who are not late, by power of two; `overdue`: those who
-    are, by ticket, in the order in which that was seen."""
+    """`seconds`: work of all that stand here; `sizes`: of those who are not late, by power of two, and `late_sizes`: of
+    those who are; `overdue`: those who are, by ticket, in the order in which that was seen."""
 
     tenants: dict[str, list[tuple[Key, Waiting]]] = field(default_factory=dict)
     seconds: float = 0.0
     count: int = 0
     sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
+    late_sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
     overdue: dict[int, Waiting] = field(default_factory=dict)
 
     def add(self, waiting: Waiting, home: str, work: float, saved: float) -> None:
@@ -70,8 +76,7 @@ class Line:
         insort(self.tenants.setdefault(waiting.facts.tenant, []), (waiting.key, waiting), key=_key)
         self.count += 1
         self.seconds += work
-        if not waiting.late:
-            self.sizes[_size(work)] += work
+        (self.late_sizes if waiting.late else self.sizes)[_size(work)] += work
         if waiting.overdue:
             self.overdue[waiting.ticket] = waiting
 
@@ -85,16 +90,19 @@ class Line:
         self.count -= 1
         if self.count:
             self.seconds -= waiting.work
-            if not waiting.late:
-                self.sizes[_size(waiting.work)] -= waiting.work
+            (self.late_sizes if waiting.late else self.sizes)[_size(waiting.work)] -= waiting.work
         else:  # no dust of rounding
-            self.seconds, self.sizes = 0.0, [0.0] * SIZES
+            self.seconds, self.sizes, self.late_sizes = 0.0, [0.0] * SIZES, [0.0] * SIZES
 
     def ahead_s(self, work: float) -> float:
         """Seconds of those who would be taken before somebody with so much work."""
         if not self.count:
             return 0.0
         return sum(self.sizes[: _size(work) + 1])  # equals go by age
+
+    def late_s(self, work: float) -> float:
+        """Seconds of those no larger who are late already: they would go before it, if age alone counted."""
+        return sum(self.late_sizes[: _size(work) + 1]) if self.count else 0.0
 
     def first(self, served: dict[str, float], turn: int) -> Waiting | None:
         """Whom the instance would take now. `served`: seconds that each tenant had beyond the least served one. `turn`:

@@ -20,6 +20,7 @@ from services.gateway.routing.line import Waiting
 SCAN = 32  # waits that end in one step
 TRIES = 8  # requests that are looked at again at one event
 BLOCKED_S = 1.0  # what a line without slots or KV room waits at least; the choice itself knows better
+YIELDS = 8  # who wait and are looked at in one step, whether their fallback would serve them sooner
 RELIEF = 4  # of each other line, when an instance has none of its own
 
 
@@ -46,12 +47,12 @@ def degraded(
 ) -> tuple[Facts, dict[str, float], Choice]:
     """The request as its model's fallback would serve it, where it may and should; else as it is."""
     other = desk.policy.fallbacks.get(facts.model)
-    if other is None or not desk.may(facts, other) or not desk.pressure.yields(facts, choice.wait, now):
+    if other is None or not desk.may(facts, other) or not desk.pressure.yields(facts, choice.pressure, now):
         return facts, held, choice
     instead = replace(facts, model=other)
     held_there = desk.held(instead)
     there = desk.choose(instead, held_there, now, draw)
-    if there.instance is None or there.wait + there.work >= choice.wait + choice.work:
+    if there.instance is None or there.pressure + there.work >= choice.pressure + choice.work:
         return facts, held, choice
     return instead, held_there, replace(there, record=replace(there.record, degraded_from=facts.model))
 
@@ -79,6 +80,33 @@ def serve(desk: Desk, instance: Instance, now: float) -> list[Effect]:
     return effects
 
 
+def yield_waiting(desk: Desk, now: float) -> list[Effect]:
+    """Pressure may have come after they did: some of those who wait go where newcomers like them go now."""
+    effects: list[Effect] = []
+    queue, pressure = desk.queue, desk.pressure
+    found = [w for w in queue.tickets.values() if not w.degraded_from and pressure.yielding(w.facts)]
+    found.sort(key=Waiting.yields_after)
+    for waiting in found[:YIELDS]:
+        home, work, saved = queue.homes.get(waiting.home), waiting.work, waiting.saved
+        queue.lift(waiting)
+        choice = desk.choose(waiting.facts, waiting.held, now, waiting.draw)
+        if choice.instance is None:
+            continue  # unplaced now: chosen for anew at the next tick
+        facts, held, choice = degraded(desk, waiting.facts, waiting.held, choice, now, waiting.draw)
+        waiting.looked += 1
+        if facts is waiting.facts:
+            queue.place(waiting, home, work, saved)
+            continue
+        queue.remove(waiting.ticket)
+        waiting.degraded_from, waiting.facts, waiting.held = waiting.facts.model, facts, held
+        if choice.ready:
+            effects.append(Dispatch(desk.reserve(choice, facts, now), waiting.ticket))
+        else:
+            queue.add(waiting)
+            _place(desk, waiting, choice)
+    return effects
+
+
 def serve_all(desk: Desk, now: float) -> list[Effect]:
     """What time alone makes possible."""
     effects: list[Effect] = []
@@ -87,6 +115,8 @@ def serve_all(desk: Desk, now: float) -> list[Effect]:
     for waiting in list(desk.queue.unplaced.values()):
         effects += again(desk, waiting, now)
     desk.queue.age(now, desk.policy.ttft_s)
+    if desk.policy.fallbacks:
+        effects += yield_waiting(desk, now)
     lanes = list(desk.queue.requests)
     seen: set[str] = set()
     for lane in lanes:
