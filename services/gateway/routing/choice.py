@@ -225,6 +225,8 @@ def _nobody(facts: Facts, rejected: filters.Rejected, prompt: int, output: int) 
         refusal, message = None, f"every instance of {facts.model} is still being reached"
     elif features and len(features) == len(usable):
         refusal, message = Reason.UNSUPPORTED, f"no instance of {facts.model} serves {', '.join(features)}"
+    elif facts.alike is not None:
+        message = f"no instance of {facts.model} is left with the same weights, tokenizer and template"
     elif "context_under" in words:
         message = f"no instance of {facts.model} takes prompts as short as {prompt} tokens"
     elif words == {"context_over"}:
