@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench seams peers vllms compat faults constraints clean
+.PHONY: help up test setup check protos bench routing seams peers vllms compat faults constraints clean
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -51,6 +51,10 @@ compat: ## prove that stubs and client work on the oldest and newest protobuf an
 bench: ## what the gateway costs, measured here (ARGS="--write" puts it into docs/bench.md)
 	@$(SETUP) main
 	@exec $(BIN)/python tests/bench/gateway.py $(ARGS)
+
+routing: ## what routing is worth on a trace, simulated (TRACE=mooncake.jsonl); writes docs/routing.md
+	@$(SETUP) main
+	@exec $(BIN)/python tests/bench/routing.py --trace $(TRACE) $(ARGS)
 
 faults: ## break things on purpose, a row of the fault matrix each (ROW=21, ROW=1-13; ARGS="--write" for docs/faults.md)
 	@$(SETUP) main
