@@ -174,6 +174,10 @@ async def test_the_model_of_a_stage_is_named_or_the_only_one_the_caller_may_use(
     await ask(mesh, request("red"), Call("r", Caller(models=("small",))))
     await ask(mesh, request("red", chat_model="large"))
     assert [one.model for one in mesh.of(Method.CHAT)] == ["small", "large"]
+    aliased = Mesh(served=[*MODELS, ModelView("any", "llm", variants=(("large", 1.0),))])
+    await ask(aliased, request("red"))
+    await ask(aliased, request("red"), Call("r", Caller(models=("any",))))
+    assert [one.model for one in aliased.of(Method.CHAT)] == ["large", "any"]
     with pytest.raises(MeshError) as caught:
         await ask(Mesh(served=MODELS[1:]), request("red"))
     assert caught.value.reason is Reason.MODEL_NOT_FOUND

@@ -207,7 +207,8 @@ def _model(request: rt.AnswerRequest, kind: str, call: Call, directory: Director
     if named:
         return named
     allowed = call.caller.models
-    served = [model.id for model in directory.models() if model.kind == kind and (not allowed or model.id in allowed)]
+    views = [view for view in directory.models() if view.kind == kind and (not allowed or view.id in allowed)]
+    served = [view.id for view in views if not view.variants] or [view.id for view in views]  # an alias serves nothing
     if len(served) > 1:
         raise invalid(name, f"several are served, name one of {', '.join(served)}")
     return served[0] if served else ""
