@@ -15,6 +15,7 @@ HOUSE = ("infermesh", "registry", "services", "deploy")
 BOTTOM = ("infermesh.errors", "infermesh.v1", "registry.endpoint", "deploy.fleet", "deploy.planner")
 SERVICE = (*BOTTOM, "infermesh.transport", "registry", "services.chassis")
 GATEWAY = "services.gateway"
+GRANTING = "services.chassis.granting"  # the rule that gateways and instances share, values and arithmetic
 
 # Room -> what it may import of the house beside itself. The longest prefix of a module is its room.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -24,6 +25,7 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "registry.endpoint": BOTTOM,
     "services": (),
     "services.chassis": SERVICE,
+    GRANTING: BOTTOM,
     "services.llm": SERVICE,
     "services.embedding": SERVICE,
     "services.rerank": SERVICE,
@@ -38,15 +40,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
     ),
     f"{GATEWAY}.past": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("observe", "routing"))),
     f"{GATEWAY}.upstream": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("config", "observe", "routing"))),
-    f"{GATEWAY}.routing": BOTTOM,
-    f"{GATEWAY}.simulator": (*BOTTOM, f"{GATEWAY}.routing"),
+    f"{GATEWAY}.routing": (*BOTTOM, GRANTING),
+    f"{GATEWAY}.simulator": (*BOTTOM, GRANTING, f"{GATEWAY}.routing"),
     "deploy": (*BOTTOM, "registry"),
     "deploy.fleet": BOTTOM,
     "deploy.planner": BOTTOM,
     "deploy.setup": BOTTOM,
 }
 # Plain functions and values: no I/O, no clock, no chance, no telemetry, nothing to await.
-PURE = (f"{GATEWAY}.routing", f"{GATEWAY}.simulator", "deploy.planner")
+PURE = (GRANTING, f"{GATEWAY}.routing", f"{GATEWAY}.simulator", "deploy.planner")
 IMPURE = (
     *("asyncio", "time", "random", "logging", "os", "secrets", "socket", "subprocess", "threading", "uuid"),
     *("aiohttp", "grpc", "opentelemetry", "prometheus_client", "structlog"),

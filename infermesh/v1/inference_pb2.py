@@ -24,27 +24,27 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cinfermesh/v1/inference.proto\x12\x0cinfermesh.v1\"\x88\x01\n\x05Hints\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x11\x12&\n\x07\x64\x65grade\x18\x04 \x01(\x0e\x32\x15.infermesh.v1.Degrade\x12\x16\n\x0ettft_target_ms\x18\x05 \x01(\rJ\x04\x08\x06\x10\x14\"<\n\x08\x44\x65livery\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x08J\x04\x08\x03\x10\x14\"\xca\x01\n\x05Relay\x12\x14\n\x0cserved_model\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12$\n\x06resume\x18\x03 \x01(\x0b\x32\x14.infermesh.v1.Resume\x12\x14\n\x0cprefix_chain\x18\x04 \x03(\x06\x12\x12\n\ngateway_id\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x13\n\x0brendered_at\x18\t \x01(\x12J\x04\x08\n\x10(\"U\n\x06Resume\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bresponse_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x12\x12\x0c\n\x04text\x18\x04 \x01(\tJ\x04\x08\x05\x10\x14\"p\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\rJ\x04\x08\x05\x10\x14\"\x1e\n\x06Vector\x12\x0e\n\x06packed\x18\x01 \x01(\x0cJ\x04\x08\x02\x10\n\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r*H\n\x07\x44\x65grade\x12\x17\n\x13\x44\x45GRADE_UNSPECIFIED\x10\x00\x12\x11\n\rDEGRADE_NEVER\x10\x01\x12\x11\n\rDEGRADE_ALLOW\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cinfermesh/v1/inference.proto\x12\x0cinfermesh.v1\"\x88\x01\n\x05Hints\x12\x13\n\x0b\x64ocument_id\x18\x01 \x01(\t\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12\x10\n\x08priority\x18\x03 \x01(\x11\x12&\n\x07\x64\x65grade\x18\x04 \x01(\x0e\x32\x15.infermesh.v1.Degrade\x12\x16\n\x0ettft_target_ms\x18\x05 \x01(\rJ\x04\x08\x06\x10\x14\"<\n\x08\x44\x65livery\x12\x17\n\x0fmin_interval_ms\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x01(\x08J\x04\x08\x03\x10\x14\"\xfd\x01\n\x05Relay\x12\x14\n\x0cserved_model\x18\x01 \x01(\t\x12\x12\n\ncache_salt\x18\x02 \x01(\x0c\x12$\n\x06resume\x18\x03 \x01(\x0b\x32\x14.infermesh.v1.Resume\x12\x14\n\x0cprefix_chain\x18\x04 \x03(\x06\x12\x12\n\ngateway_id\x18\x05 \x01(\t\x12\x0b\n\x03seq\x18\x06 \x01(\x04\x12\x0f\n\x07\x61ttempt\x18\x07 \x01(\r\x12\x0e\n\x06tenant\x18\x08 \x01(\t\x12\x13\n\x0brendered_at\x18\t \x01(\x12\x12\x0f\n\x07work_us\x18\n \x01(\x04\x12\r\n\x05grant\x18\x0b \x01(\x04\x12\x11\n\tkv_tokens\x18\x0c \x01(\x04J\x04\x08\r\x10(\"U\n\x06Resume\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0bresponse_id\x18\x02 \x01(\t\x12\x0f\n\x07\x63reated\x18\x03 \x01(\x12\x12\x0c\n\x04text\x18\x04 \x01(\tJ\x04\x08\x05\x10\x14\"p\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x02 \x01(\r\x12\x15\n\rcached_tokens\x18\x03 \x01(\r\x12\x18\n\x10reasoning_tokens\x18\x04 \x01(\rJ\x04\x08\x05\x10\x14\"\x1e\n\x06Vector\x12\x0e\n\x06packed\x18\x01 \x01(\x0cJ\x04\x08\x02\x10\n\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r*H\n\x07\x44\x65grade\x12\x17\n\x13\x44\x45GRADE_UNSPECIFIED\x10\x00\x12\x11\n\rDEGRADE_NEVER\x10\x01\x12\x11\n\rDEGRADE_ALLOW\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'infermesh.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DEGRADE']._serialized_start=710
-  _globals['_DEGRADE']._serialized_end=782
+  _globals['_DEGRADE']._serialized_start=761
+  _globals['_DEGRADE']._serialized_end=833
   _globals['_HINTS']._serialized_start=47
   _globals['_HINTS']._serialized_end=183
   _globals['_DELIVERY']._serialized_start=185
   _globals['_DELIVERY']._serialized_end=245
   _globals['_RELAY']._serialized_start=248
-  _globals['_RELAY']._serialized_end=450
-  _globals['_RESUME']._serialized_start=452
-  _globals['_RESUME']._serialized_end=537
-  _globals['_USAGE']._serialized_start=539
-  _globals['_USAGE']._serialized_end=651
-  _globals['_VECTOR']._serialized_start=653
-  _globals['_VECTOR']._serialized_end=683
-  _globals['_TOKENIDS']._serialized_start=685
-  _globals['_TOKENIDS']._serialized_end=708
+  _globals['_RELAY']._serialized_end=501
+  _globals['_RESUME']._serialized_start=503
+  _globals['_RESUME']._serialized_end=588
+  _globals['_USAGE']._serialized_start=590
+  _globals['_USAGE']._serialized_end=702
+  _globals['_VECTOR']._serialized_start=704
+  _globals['_VECTOR']._serialized_end=734
+  _globals['_TOKENIDS']._serialized_start=736
+  _globals['_TOKENIDS']._serialized_end=759
 # @@protoc_insertion_point(module_scope)

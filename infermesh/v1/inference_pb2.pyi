@@ -119,6 +119,9 @@ class Relay(_message.Message):
     ATTEMPT_FIELD_NUMBER: _builtins.int
     TENANT_FIELD_NUMBER: _builtins.int
     RENDERED_AT_FIELD_NUMBER: _builtins.int
+    WORK_US_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
+    KV_TOKENS_FIELD_NUMBER: _builtins.int
     served_model: _builtins.str
     """the id that the chosen instance serves, when the caller's `model` is an alias"""
     cache_salt: _builtins.bytes
@@ -131,6 +134,12 @@ class Relay(_message.Message):
     tenant: _builtins.str
     rendered_at: _builtins.int
     """unix seconds put into prompt templates, rounded by the gateway; 0 = not fixed"""
+    work_us: _builtins.int
+    """of the uncached prompt on this instance, as the gateway estimates"""
+    grant: _builtins.int
+    """the ticket under which the instance granted room; 0: it was not asked"""
+    kv_tokens: _builtins.int
+    """room the request is thought to take in the KV cache"""
     @_builtins.property
     def resume(self) -> Global___Resume:
         """a stream that another instance began"""
@@ -151,10 +160,13 @@ class Relay(_message.Message):
         attempt: _builtins.int = ...,
         tenant: _builtins.str = ...,
         rendered_at: _builtins.int = ...,
+        work_us: _builtins.int = ...,
+        grant: _builtins.int = ...,
+        kv_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "gateway_id", b"gateway_id", "prefix_chain", b"prefix_chain", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "prefix_chain", b"prefix_chain", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "work_us", b"work_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

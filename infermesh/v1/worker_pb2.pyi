@@ -104,11 +104,14 @@ class LinkRequest(_message.Message):
 
     HELLO_FIELD_NUMBER: _builtins.int
     WANT_FIELD_NUMBER: _builtins.int
+    DECLINE_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___GatewayHello: ...
     @_builtins.property
     def want(self) -> Global___Want: ...
+    @_builtins.property
+    def decline(self) -> Global___Decline: ...
     @_builtins.property
     def goodbye(self) -> Global___GatewayGoodbye: ...
     def __init__(
@@ -116,13 +119,14 @@ class LinkRequest(_message.Message):
         *,
         hello: Global___GatewayHello | None = ...,
         want: Global___Want | None = ...,
+        decline: Global___Decline | None = ...,
         goodbye: Global___GatewayGoodbye | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "goodbye", b"goodbye", "hello", b"hello", "want", b"want"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["decline", b"decline", "frame", b"frame", "goodbye", b"goodbye", "hello", b"hello", "want", b"want"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame", "goodbye", b"goodbye", "hello", b"hello", "want", b"want"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["decline", b"decline", "frame", b"frame", "goodbye", b"goodbye", "hello", b"hello", "want", b"want"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "want", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_frame: _TypeAlias = _typing.Literal["hello", "want", "decline", "goodbye"]  # noqa: Y015
     _WhichOneofArgType_frame: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_frame) -> _WhichOneofReturnType_frame | None: ...
 
@@ -186,7 +190,7 @@ class GatewayHello(_message.Message):
     """load frames no closer together than this; 0 = 100"""
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """cache"""
+        """cache, grant"""
 
     def __init__(
         self,
@@ -217,7 +221,7 @@ class WorkerHello(_message.Message):
     version: _builtins.str
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """load, cache"""
+        """load, cache, grant"""
 
     def __init__(
         self,
@@ -251,6 +255,10 @@ class Load(_message.Message):
     OWN_RUNNING_FIELD_NUMBER: _builtins.int
     OWN_QUEUED_TOKENS_FIELD_NUMBER: _builtins.int
     TAKEN_AT_MS_FIELD_NUMBER: _builtins.int
+    GATEWAYS_FIELD_NUMBER: _builtins.int
+    FOREIGN_WORK_US_FIELD_NUMBER: _builtins.int
+    FOREIGN_LINE_MS_FIELD_NUMBER: _builtins.int
+    FOREIGN_WAITING_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """requests in the batch"""
     waiting: _builtins.int
@@ -270,6 +278,17 @@ class Load(_message.Message):
     own_queued_tokens: _builtins.int
     taken_at_ms: _builtins.int
     """the instance's monotonic clock"""
+    gateways: _builtins.int
+    """To gateways whose hello names the feature `grant`:
+    linked ones that ask; with one there is nothing to arbitrate, and it need not ask
+    """
+    foreign_work_us: _builtins.int
+    """prompts of other gateways not yet computed, and what is granted to them"""
+    foreign_waiting: _builtins.int
+    @_builtins.property
+    def foreign_line_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """who waits in the other gateways for this instance: the sums of Want.line_ms"""
+
     def __init__(
         self,
         *,
@@ -283,11 +302,17 @@ class Load(_message.Message):
         own_running: _builtins.int = ...,
         own_queued_tokens: _builtins.int = ...,
         taken_at_ms: _builtins.int = ...,
+        gateways: _builtins.int = ...,
+        foreign_work_us: _builtins.int | None = ...,
+        foreign_line_ms: _abc.Iterable[_builtins.int] | None = ...,
+        foreign_waiting: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "kv_used_ratio", b"kv_used_ratio", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us", "_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "foreign_work_us", b"foreign_work_us", "kv_used_ratio", b"kv_used_ratio", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "kv_used_ratio", b"kv_used_ratio", "own_queued_tokens", b"own_queued_tokens", "own_running", b"own_running", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "seen_seq", b"seen_seq", "steps", b"steps", "taken_at_ms", b"taken_at_ms", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us", "_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "foreign_line_ms", b"foreign_line_ms", "foreign_waiting", b"foreign_waiting", "foreign_work_us", b"foreign_work_us", "gateways", b"gateways", "kv_used_ratio", b"kv_used_ratio", "own_queued_tokens", b"own_queued_tokens", "own_running", b"own_running", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "seen_seq", b"seen_seq", "steps", b"steps", "taken_at_ms", b"taken_at_ms", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__foreign_work_us: _TypeAlias = _typing.Literal["foreign_work_us"]  # noqa: Y015
+    _WhichOneofArgType__foreign_work_us: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us"]  # noqa: Y015
     _WhichOneofReturnType__kv_used_ratio: _TypeAlias = _typing.Literal["kv_used_ratio"]  # noqa: Y015
     _WhichOneofArgType__kv_used_ratio: _TypeAlias = _typing.Literal["_kv_used_ratio", b"_kv_used_ratio"]  # noqa: Y015
     _WhichOneofReturnType__queued_tokens: _TypeAlias = _typing.Literal["queued_tokens"]  # noqa: Y015
@@ -300,6 +325,8 @@ class Load(_message.Message):
     _WhichOneofArgType__steps: _TypeAlias = _typing.Literal["_steps", b"_steps"]  # noqa: Y015
     _WhichOneofReturnType__waiting: _TypeAlias = _typing.Literal["waiting"]  # noqa: Y015
     _WhichOneofArgType__waiting: _TypeAlias = _typing.Literal["_waiting", b"_waiting"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__foreign_work_us) -> _WhichOneofReturnType__foreign_work_us | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__kv_used_ratio) -> _WhichOneofReturnType__kv_used_ratio | None: ...
     @_typing.overload
@@ -317,32 +344,62 @@ Global___Load: _TypeAlias = Load  # noqa: Y015
 
 @_typing.final
 class Want(_message.Message):
-    """The best request that waits in a gateway. Served from the router's version on; ignored before."""
+    """The best request that waits in a gateway for this instance, and those who wait behind it; each Want replaces the one
+    before it. Sent to instances whose hello names the feature `grant`, when it changes, and each second while it lasts.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: _builtins.int
-    UNCACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    WORK_US_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
     AGE_MS_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    BIAS_US_FIELD_NUMBER: _builtins.int
+    SPARE_TOKENS_FIELD_NUMBER: _builtins.int
+    LINE_MS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
-    uncached_tokens: _builtins.int
+    """the gateway's own number; 0: nobody waits here"""
+    work_us: _builtins.int
+    """of its uncached prompt on this instance, as the gateway estimates"""
     kv_tokens: _builtins.int
+    """room it takes in the KV cache"""
     age_ms: _builtins.int
     priority: _builtins.int
+    """higher goes first, within a rank"""
+    rank: _builtins.int
+    """lower goes first"""
+    bias_us: _builtins.int
+    """added to its work when requests are ordered: what its tenant had beyond others, less what the"""
+    spare_tokens: _builtins.int
+    """cache saves
+    of the KV cache, that must stay free beside it
+    """
+    waiting: _builtins.int
+    """how many those are"""
+    @_builtins.property
+    def line_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """work of all who wait, by size: up to 2 ms, 4 ms, 8 ms …"""
+
     def __init__(
         self,
         *,
         ticket: _builtins.int = ...,
-        uncached_tokens: _builtins.int = ...,
+        work_us: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
         age_ms: _builtins.int = ...,
         priority: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        bias_us: _builtins.int = ...,
+        spare_tokens: _builtins.int = ...,
+        line_ms: _abc.Iterable[_builtins.int] | None = ...,
+        waiting: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "kv_tokens", b"kv_tokens", "priority", b"priority", "ticket", b"ticket", "uncached_tokens", b"uncached_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "bias_us", b"bias_us", "kv_tokens", b"kv_tokens", "line_ms", b"line_ms", "priority", b"priority", "rank", b"rank", "spare_tokens", b"spare_tokens", "ticket", b"ticket", "waiting", b"waiting", "work_us", b"work_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -350,12 +407,17 @@ Global___Want: _TypeAlias = Want  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
+    """Room for one request of this gateway. The request names the ticket in `Relay.grant`; a grant that is of no use any
+    more is declined at once.
+    """
+
     DESCRIPTOR: _descriptor.Descriptor
 
     TICKET_FIELD_NUMBER: _builtins.int
     EXPIRES_MS_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
     expires_ms: _builtins.int
+    """the room is kept so long"""
     def __init__(
         self,
         *,
@@ -369,6 +431,25 @@ class Grant(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class Decline(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TICKET_FIELD_NUMBER: _builtins.int
+    ticket: _builtins.int
+    def __init__(
+        self,
+        *,
+        ticket: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ticket", b"ticket"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Decline: _TypeAlias = Decline  # noqa: Y015
 
 @_typing.final
 class Cache(_message.Message):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from infermesh.v1.inference_pb2 import Relay
+from services.chassis.room import Room
 
 
 @dataclass(slots=True)
@@ -23,19 +24,24 @@ class Share:
 class Entry:
     """One request in flight. `started` takes its prompt out of the queued tokens, once."""
 
-    __slots__ = ("_share", "_tokens")
+    __slots__ = ("_number", "_room", "_share", "_tokens")
 
-    def __init__(self, share: Share, tokens: int) -> None:
+    def __init__(self, share: Share, tokens: int, room: Room, number: int) -> None:
         self._share = share
         self._tokens = tokens
+        self._room = room
+        self._number = number
 
     def started(self) -> None:
         self._share.queued_tokens -= self._tokens
         self._tokens = 0
+        if self._number:
+            self._room.started(self._number)
 
 
 class Arrivals:
-    def __init__(self) -> None:
+    def __init__(self, room: Room | None = None) -> None:
+        self.room = room or Room()
         self._shares: dict[str, Share] = {}
         self._links: Counter[str] = Counter()
         self._running = 0
@@ -51,7 +57,13 @@ class Arrivals:
 
     @contextmanager
     def enter(self, relay: Relay | None, tokens: int = 0) -> Iterator[Entry]:
-        """Counts a request from here to the end of the block. `tokens`: its uncached prompt, as far as known."""
+        """Counts a request from here to the end of the block. `tokens`: its uncached prompt, as far as known; one that
+        has none needs no room.
+
+        Raises:
+            MeshError: INSTANCE_FULL, where gateways ask and this one's request came without a grant and finds no room.
+        """
+        number = self.room.arrive(relay, tokens) if tokens or (relay is not None and relay.grant) else 0
         gateway_id = relay.gateway_id if relay is not None else ""
         share = self._shares.setdefault(gateway_id, Share())
         share.running += 1
@@ -60,11 +72,13 @@ class Arrivals:
             share.seen_seq = max(share.seen_seq, relay.seq)
         self._running += 1
         self._idle.clear()
-        entry = Entry(share, tokens)
+        entry = Entry(share, tokens, self.room, number)
         try:
             yield entry
         finally:
             entry.started()
+            if number:
+                self.room.ended(number)
             share.running -= 1
             self._running -= 1
             if not self._running:

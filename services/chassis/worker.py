@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
+from contextlib import nullcontext
 
 import structlog
 
@@ -14,14 +15,16 @@ from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1 import worker_pb2_grpc
 from registry.endpoint import Endpoint, to_metadata
 from services.chassis.arrivals import Arrivals
+from services.chassis.granting import FEATURE as GRANT
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import metadata_value
 from services.chassis.keys import Keys
+from services.chassis.room import Outbox
 from services.chassis.rpc import Context, stream, unary
 
 HEARTBEAT_S = 1.0
 MIN_INTERVAL_S = 0.02
-FEATURES = ("load", "cache")  # "cache" in a gateway's hello asks for cache frames
+FEATURES = ("load", "cache", GRANT)  # "cache" in a gateway's hello asks for cache frames
 log = structlog.get_logger("worker")
 
 
@@ -121,20 +124,22 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 features=FEATURES,
             )
         )
-        gone = asyncio.create_task(_until_goodbye(frames))
+        asks = GRANT in hello.hello.features
+        room = self._arrivals.room
+        gone = asyncio.create_task(_until_goodbye(frames, lambda frame: asks and room.hear(gateway_id, frame)))
         try:
-            with self._arrivals.linked(gateway_id):
-                async for frame in self._reports(gateway_id, interval_s, gone, with_cache):
+            with self._arrivals.linked(gateway_id), room.linked(gateway_id) if asks else nullcontext() as outbox:
+                async for frame in self._reports(gateway_id, interval_s, gone, with_cache, outbox):
                     yield frame
         finally:
             gone.cancel()
 
     async def _reports(
-        self, gateway_id: str, interval_s: float, gone: asyncio.Task[None], with_cache: bool
+        self, gateway_id: str, interval_s: float, gone: asyncio.Task[None], with_cache: bool, outbox: Outbox | None
     ) -> AsyncIterator[wk.LinkResponse]:
         """Load when it changed, at least every second; the drain once; until the gateway or this instance leaves."""
         last: wk.Load | None = None
-        last_at = 0.0
+        last_at = looked_at = 0.0
         seen: int | None = None
         told = False
         while not gone.done():
@@ -147,8 +152,16 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
             if self._draining and not told:
                 told = True
                 yield wk.LinkResponse(draining=wk.Draining(grace_ms=round(self._grace_s * 1000)))
-            load = self._frame(gateway_id)
             now = time.monotonic()
+            if outbox is not None:
+                outbox.news.clear()
+                while outbox.frames:
+                    yield outbox.frames.popleft()
+            if now - looked_at < interval_s and not self._draining:  # woken for a grant
+                await self._pause(gone, news, interval_s - (now - looked_at), outbox)
+                continue
+            looked_at = now
+            load = self._frame(gateway_id, asks=outbox is not None)
             if load != last or now - last_at >= HEARTBEAT_S:
                 last, last_at = load, now
                 stamped = wk.Load()
@@ -159,21 +172,34 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 changes, seen = self._held.frames(seen)
                 for cache in changes:
                     yield wk.LinkResponse(cache=cache)
-            told_of = asyncio.ensure_future(news.wait())
-            await asyncio.wait({gone, told_of}, timeout=interval_s, return_when=asyncio.FIRST_COMPLETED)
-            told_of.cancel()
+            await self._pause(gone, news, interval_s, outbox)
 
-    def _frame(self, gateway_id: str) -> wk.Load:
+    async def _pause(
+        self, gone: asyncio.Task[None], news: asyncio.Event, timeout_s: float, outbox: Outbox | None
+    ) -> None:
+        """Until there is something to tell, at most so long."""
+        events = [news] if outbox is None else [news, outbox.news]
+        waits = [asyncio.ensure_future(event.wait()) for event in events]
+        await asyncio.wait({gone, *waits}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+
+    def _frame(self, gateway_id: str, *, asks: bool) -> wk.Load:
         share = self._arrivals.share(gateway_id)
         load = self._load()
         load.seen_seq = share.seen_seq
         load.own_running = share.running
         load.own_queued_tokens = share.queued_tokens
+        if asks:
+            self._arrivals.room.tell(gateway_id, load)
         return load
 
 
-async def _until_goodbye(frames: AsyncIterator[wk.LinkRequest]) -> None:
-    """Ends when the gateway says goodbye or its half of the stream is over. Frames of later versions are ignored."""
+async def _until_goodbye(
+    frames: AsyncIterator[wk.LinkRequest], hear: Callable[[wk.LinkRequest], object]
+) -> None:
+    """Ends when the gateway says goodbye or its half of the stream is over."""
     async for frame in frames:
         if frame.WhichOneof("frame") == "goodbye":
             return
+        hear(frame)

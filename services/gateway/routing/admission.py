@@ -40,6 +40,7 @@ class Queue:
     served: dict[str, float] = field(default_factory=dict)
     present: dict[str, int] = field(default_factory=dict)  # tenant -> how many wait
     last_ticket: int = 0
+    touched: set[str] = field(default_factory=set)  # instances whose line has changed since they were told
     families: dict[int, dict[int, Waiting]] = field(default_factory=dict)  # first block of a chain -> who waits with it
 
     def next_ticket(self) -> int:
@@ -74,6 +75,7 @@ class Queue:
             del self.unplaced[waiting.ticket]
             instance.line.add(waiting, instance.id, work, saved)
             self.homes[instance.id] = instance
+            self.touched.add(instance.id)
 
     def lift(self, waiting: Waiting) -> None:
         """Takes it out of its line; it keeps its ticket."""
@@ -81,6 +83,7 @@ class Queue:
             return
         instance = self.homes[waiting.home]
         instance.line.remove(waiting)
+        self.touched.add(instance.id)
         if not instance.line.count:
             del self.homes[instance.id]
         self.unplaced[waiting.ticket] = waiting

@@ -64,9 +64,16 @@ def cached_tokens(share: float, prompt: int) -> int:
 
 
 def choose(
-    pool: Sequence[Instance], facts: Facts, estimate: Estimate, held: Mapping[str, float], now: float, draw: float
+    pool: Sequence[Instance],
+    facts: Facts,
+    estimate: Estimate,
+    held: Mapping[str, float],
+    now: float,
+    draw: float,
+    granted: str = "",
 ) -> Choice:
-    """`held`: instance -> part of the prompt in its cache. `draw`, 0 <= draw < 1, decides among equals."""
+    """`held`: instance -> part of the prompt in its cache. `draw`, 0 <= draw < 1, decides among equals. `granted`: the
+    instance that has just granted room, and knows better than any estimate that it has some."""
     prompt, output = tokens(facts, estimate)
     examined = pool if len(pool) <= EXAMINED + HOLDERS else _thinned(pool, held)
     passed, rejected = filters.eligible(examined, facts, prompt)
@@ -85,7 +92,7 @@ def choose(
         ledger, standing = instance.ledger, instance.line
         wait = ledger.wait_s(now)
         crowd = instance.crowd() if ledger.foreign_running else 1.0
-        behind = standing.seconds * crowd if standing.count else 0.0
+        behind = standing.all_s * crowd if standing.all_count else 0.0
         backlog += wait + behind
         loads.append((wait, crowd, behind))
     mean_backlog = backlog / len(passed)
@@ -97,7 +104,10 @@ def choose(
         share = held.get(endpoint.id, 0.0) if held else 0.0
         cached = cached_tokens(share, prompt) if share else 0
         line = room = reserve = decode = step = 0.0
-        slot = not facts.slots or instance.has_slot(now)
+        asked = endpoint.id == granted
+        if asked:
+            wait = min(wait, rates.depth_s)
+        slot = asked or not facts.slots or instance.has_slot(now)
         if not slot:
             full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
@@ -111,7 +121,7 @@ def choose(
                 decode += cost.delayed_s(running - len(ledger.pending), work, growth)
             decode *= cost.DECODE_SHARE
             wide = endpoint.tier == "long-context" and not long
-            if running or not slot:
+            if (running or not slot) and not asked:
                 kept = instance.reserve.kv_tokens(now, endpoint.capacity.kv_tokens) if wide else 0
                 need = (prompt - cached + output) * crowd + kept
                 room = _room(instance, slot, need, crowd, cost.slot_wait_s(estimate.output, step, running), now)
@@ -119,11 +129,11 @@ def choose(
                 reserve = cost.reserve_s(work, instance.reserve.load(now))
         elif not slot:
             room = max(instance.full_until - now, wait / max(1, running))
-        if behind:
+        if behind and not asked:
             line = instance.line.ahead_s(work) * crowd
         load = wait + behind
         priced = work * cost.price(load if load < mean_backlog else mean_backlog)
-        ready = slot and (asks or (not room and instance.is_open(wait, crowd)))
+        ready = asked or (slot and (asks or (not room and instance.is_open(wait, crowd))))
         weight = rates.weight * instance.share * instance.pace.share
         total = (wait + line + room + priced + reserve + decode) / weight
         seconds = (wait, line, room, priced, reserve, decode)
@@ -158,7 +168,7 @@ def _room(instance: Instance, slot: bool, need: float, crowd: float, free_slot: 
     ledger, kv_tokens = instance.ledger, instance.endpoint.capacity.kv_tokens
     running = ledger.own_slots + ledger.foreign_running
     room = 0.0
-    queue = 1 + instance.line.count * crowd  # those who wait for the same room
+    queue = 1 + instance.line.all_count * crowd  # those who wait for the same room
     if not slot:
         room = max(instance.full_until - now, free_slot * queue)
     if kv_tokens and running:
@@ -199,7 +209,7 @@ def _thinned(pool: Sequence[Instance], held: Mapping[str, float]) -> list[Instan
     one's prefix. Sorted by id, like the pool."""
     holders = nsmallest(HOLDERS, held, key=lambda id: (-held[id], id)) if held else ()
     free = [
-        (i.ledger.own_work + i.ledger.foreign_work) * 1e-6 + i.line.seconds + i.rates.sample_s  # inline: a hot loop
+        (i.ledger.own_work + i.ledger.foreign_work) * 1e-6 + i.line.all_s + i.rates.sample_s  # inline: a hot loop
         for i in pool
     ]
     chosen = set(sorted(range(len(pool)), key=free.__getitem__)[:EXAMINED])

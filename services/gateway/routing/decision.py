@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from infermesh.errors import Reason
+from services.chassis.granting import Want
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.pulse import Pulse
 
@@ -59,7 +60,8 @@ class Record:
 @dataclass(frozen=True, slots=True)
 class Lease:
     """A reservation on one life of one instance. `seq` is this gateway's number for the attempt; `pulse` is what
-    `Router.progressed` moves."""
+    `Router.progressed` moves. `work_us` is what its prompt takes there, `kv_tokens` the room it needs. `grant`: the
+    ticket under which the instance granted room, 0 = it was not asked."""
 
     seq: int
     instance_id: str
@@ -67,6 +69,9 @@ class Lease:
     facts: Facts
     record: Record
     pulse: Pulse = field(default_factory=Pulse, compare=False, repr=False)
+    work_us: int = 0
+    kv_tokens: int = 0
+    grant: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,5 +133,21 @@ class Close:
     incarnation: int
 
 
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Announce to the instance who waits here for it. A want whose ticket is 0: nobody."""
+
+    instance_id: str
+    want: Want
+
+
+@dataclass(frozen=True, slots=True)
+class Decline:
+    """Give a grant back to the instance."""
+
+    instance_id: str
+    ticket: int
+
+
 Decision = Dispatch | Wait | Refuse
-Effect = Dispatch | Refuse | Eject | Probe | Abandon | Close
+Effect = Dispatch | Refuse | Eject | Probe | Abandon | Close | Decline

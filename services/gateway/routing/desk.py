@@ -72,7 +72,7 @@ class Desk:
             return {}
         return self.index.shares(facts.chain, facts.chain_share, _hints(facts))
 
-    def choose(self, facts: Facts, held: Mapping[str, float], now: float, draw: float) -> Choice:
+    def choose(self, facts: Facts, held: Mapping[str, float], now: float, draw: float, granted: str = "") -> Choice:
         lane = (facts.kind, facts.model)
         pool = self.fleet.pools.get(lane)
         settling = self.young or now < self.born + SETTLE_S
@@ -89,7 +89,7 @@ class Desk:
             message = f"model {facts.model!r} {said}"
             refusal = None if settling and not other else reason
             return Choice(record, refusal=refusal, message=message, settling=settling)
-        choice = choose(pool, facts, self.estimate(facts), held, now, draw)
+        choice = choose(pool, facts, self.estimate(facts), held, now, draw, granted)
         if choice.refusal is Reason.NO_INSTANCE and settling and not facts.excluded:
             return Choice(choice.record, message=choice.message, settling=True)
         return choice
@@ -115,7 +115,7 @@ class Desk:
 
     # -- reserving --------------------------------------------------------------------------------------------------
 
-    def reserve(self, choice: Choice, facts: Facts, now: float) -> Lease:
+    def reserve(self, choice: Choice, facts: Facts, now: float, grant: int = 0) -> Lease:
         instance, record = choice.instance, choice.record
         assert instance is not None
         self._seq += 1
@@ -146,7 +146,8 @@ class Desk:
             tokens = record.prompt_tokens + record.output_tokens
             pool = self.fleet.pools[facts.kind, facts.model]
             self.split.served(instance, tokens, pool, saturated=bool(self.queue.tickets), now=now)
-        return Lease(self._seq, instance.id, instance.endpoint.incarnation, facts, record, pulse)
+        life = (instance.id, instance.endpoint.incarnation)
+        return Lease(self._seq, *life, facts, record, pulse, entry.work, entry.prompt + entry.output, grant)
 
     def _tell_waiting(self, id: str, sent: Facts) -> None:
         """Those who wait with the same beginning will find it on this instance."""

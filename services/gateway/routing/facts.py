@@ -89,7 +89,8 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class LoadReport:
-    """A load frame. None is unknown. `own_*` and `seen_seq` speak of the gateway that reads it."""
+    """A load frame. None is unknown. `own_*` and `seen_seq` speak of the gateway that reads it, `foreign_*` of the
+    others; `gateways`: how many ask this instance before they send, 0 where it does not grant."""
 
     running: int | None = None
     waiting: int | None = None
@@ -100,6 +101,10 @@ class LoadReport:
     seen_seq: int = 0
     own_running: int = 0
     own_queued_tokens: int = 0
+    gateways: int = 0
+    foreign_work_us: int | None = None
+    foreign_line_ms: tuple[int, ...] = ()
+    foreign_waiting: int = 0
 
 
 class End(Enum):
@@ -114,7 +119,8 @@ class End(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The end of an attempt. Token counts are the instance's own, 0 = not told (`cached_tokens`: None)."""
+    """The end of an attempt. Token counts are the instance's own, 0 = not told (`cached_tokens`: None). `queued_s`:
+    what an instance that refused had queued, by its own word."""
 
     end: End
     reason: Reason | None = None
@@ -123,3 +129,4 @@ class Outcome:
     ttft_s: float = 0.0
     duration_s: float = 0.0
     cached_tokens: int | None = None
+    queued_s: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from registry.endpoint import Endpoint
+from services.chassis.granting import Want
 from services.gateway.routing.health import Link, State, Voices
 from services.gateway.routing.ledger import US, Ledger
 from services.gateway.routing.line import Line
@@ -15,6 +16,7 @@ from services.gateway.routing.reserve import Reserve
 from services.gateway.routing.tally import Tally
 
 MOST_GATEWAYS = 16
+NOBODY = Want(0, 0)
 
 
 @dataclass(slots=True)
@@ -44,6 +46,10 @@ class Instance:
     heard: float = 0.0
     stepped: float | None = None
     asked: float = 0.0
+    grants: bool = False  # its hello says that it arbitrates
+    closed: bool = False  # it refused what it was not asked for; until it says more
+    told: Want = NOBODY  # of who waits here, last, at `told_at`
+    told_at: float = 0.0
 
     @property
     def id(self) -> str:
@@ -62,6 +68,13 @@ class Instance:
             return f"slower than it should be, at {self.pace.share:.0%} of its weight"
         return said
 
+    @property
+    def shared(self) -> bool:
+        """Several gateways send here, and it arbitrates between them: who cannot begin at once is announced, and goes
+        when it grants."""
+        report = self.ledger.report
+        return self.grants and report is not None and report.gateways > 1
+
     def has_slot(self, now: float) -> bool:
         """`max_running` is the gateway's cap too; an unknown one caps nothing."""
         if now < self.full_until or self.barred:
@@ -73,8 +86,10 @@ class Instance:
 
     def crowd(self) -> float:
         """How many times this gateway's part of the instance's requests all of them are: 1 where no other gateway sends
-        here. What waits in the others cannot be seen, and is taken to be in the same proportion."""
+        here. What waits in the others cannot be seen, and is taken to be in the same proportion, unless it tells."""
         ledger = self.ledger
+        if self.shared:
+            return 1.0
         foreign = ledger.foreign_running
         return min(MOST_GATEWAYS, 1.0 + foreign / (ledger.own_slots + 1)) if foreign else 1.0
 
@@ -82,12 +97,14 @@ class Instance:
         """Whether its queue of prompts, `wait` seconds, is short enough for more of ours: several gateways fill it
         together, each its part."""
         depth = self.rates.depth_s
+        if self.shared and (self.closed or self.line.all_count):
+            return False  # it grants to the best of those who wait
         return wait <= depth and (crowd == 1.0 or self.ledger.own_work * crowd <= depth * US)
 
     def busy_s(self) -> float:
         """Seconds of prompts queued there and in this gateway for it; coarse and cheap."""
         ledger = self.ledger
-        return (ledger.own_work + ledger.foreign_work) / US + self.line.seconds
+        return (ledger.own_work + ledger.foreign_work) / US + self.line.all_s
 
 
 @dataclass(slots=True)

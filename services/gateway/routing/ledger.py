@@ -115,10 +115,11 @@ class Ledger:
         if report.queued_tokens is None:
             return
         foreign = max(0, report.queued_tokens - report.own_queued_tokens)
-        if foreign < self.foreign_prompt or not (self.own_work or self.foreign_work):
+        work = round(foreign * US / tps) if report.foreign_work_us is None else report.foreign_work_us
+        if work < self.foreign_work or not (self.own_work or self.foreign_work):
             self.since = now
         self.foreign_prompt = foreign
-        self.foreign_work = round(foreign * US / tps)
+        self.foreign_work = work
         arrived = [entry for seq, entry in self.pending.items() if seq <= report.seen_seq]
         excess = sum(entry.prompt for entry in arrived) - report.own_queued_tokens
         for entry in arrived:  # oldest first, as an engine computes them
@@ -133,6 +134,14 @@ class Ledger:
                 self.own_work -= work
                 excess -= done
                 self.since = now
+
+    def refused(self, queued_s: float, now: float) -> None:
+        """The instance says that so much is queued there, more than could be seen from here."""
+        missing = round(queued_s * US) - self.own_work - self.foreign_work
+        if missing > 0:
+            if not self.own_work and not self.foreign_work:
+                self.since = now
+            self.foreign_work += missing
 
     def forget_report(self) -> None:
         """The Link is gone: what others have there is unknown."""

@@ -10,19 +10,18 @@ overdue, whoever they are.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import frexp
 
+from services.chassis.granting import AGING, SIZES
 from services.gateway.routing.facts import Facts
 
-AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
 HASTE = 1.0  # a second that the cache saves now, and might not later, outweighs so many seconds of work
 FAIRNESS = 1.0  # a second of service that a tenant had beyond the least served one outweighs so many of its work
 OVERDUE = 0.5  # of the longest wait: from then on a request has a share in every fourth place
 TURN = 4
 LATE = 1e9  # more than any work: who cannot be on time goes after those who can
-SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
 _CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
 Rank = tuple[int, int]
 Key = tuple[int, int, float, int]
@@ -48,6 +47,7 @@ class Waiting:
     overdue: bool = False
     degraded_from: str = ""
     looked: int = 0  # times it was asked whether the fallback would serve it sooner
+    long: bool = False  # only the long-context tier could take it
 
     def order(self, work: float, saved: float) -> Key:
         facts = self.facts
@@ -62,7 +62,8 @@ class Waiting:
 @dataclass(slots=True)
 class Line:
     """`seconds`: work of all that stand here; `sizes`: of those who are not late, by power of two, and `late_sizes`: of
-    those who are; `overdue`: those who are, by ticket, in the order in which that was seen."""
+    those who are; `overdue`: those who are, by ticket, in the order in which that was seen. `others_*`: those who wait
+    for the same instance in other gateways, by its word."""
 
     tenants: dict[str, list[tuple[Key, Waiting]]] = field(default_factory=dict)
     seconds: float = 0.0
@@ -70,6 +71,9 @@ class Line:
     sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
     late_sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
     overdue: dict[int, Waiting] = field(default_factory=dict)
+    others_s: float = 0.0
+    others_count: int = 0
+    others_sizes: list[float] = field(default_factory=list)
 
     def add(self, waiting: Waiting, home: str, work: float, saved: float) -> None:
         waiting.home, waiting.work, waiting.saved, waiting.key = home, work, saved, waiting.order(work, saved)
@@ -94,11 +98,31 @@ class Line:
         else:  # no dust of rounding
             self.seconds, self.sizes, self.late_sizes = 0.0, [0.0] * SIZES, [0.0] * SIZES
 
+    def hear(self, line_ms: Sequence[int], waiting: int) -> None:
+        """What the instance says of other gateways' lines."""
+        self.others_sizes = [ms / 1000 for ms in line_ms]
+        self.others_s, self.others_count = sum(self.others_sizes), waiting
+
+    def line_ms(self) -> tuple[int, ...]:
+        """Work of all that stand here by size, without the empty sizes at the end."""
+        sizes = [round(seconds * 1000) for seconds in self.sizes]
+        while sizes and not sizes[-1]:
+            sizes.pop()
+        return tuple(sizes)
+
+    @property
+    def all_s(self) -> float:
+        return self.seconds + self.others_s
+
+    @property
+    def all_count(self) -> int:
+        return self.count + self.others_count
+
     def ahead_s(self, work: float) -> float:
         """Seconds of those who would be taken before somebody with so much work."""
-        if not self.count:
-            return 0.0
-        return sum(self.sizes[: _size(work) + 1])  # equals go by age
+        end = _size(work) + 1  # equals go by age
+        own = sum(self.sizes[:end]) if self.count else 0.0
+        return own + sum(self.others_sizes[:end]) if self.others_count else own
 
     def late_s(self, work: float) -> float:
         """Seconds of those no larger who are late already: they would go before it, if age alone counted."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from math import exp, log
 
 from registry.endpoint import Endpoint
+from services.chassis.granting import DEPTH_S, GUESSED_DEPTH_S
 from services.gateway.routing import cost
 
 LEARN = 0.05  # of the newest observation
@@ -17,8 +18,6 @@ TRUST = (0.5, 2.0)  # the correction's bounds where somebody told the speed
 GUESS = (0.05, 20.0)  # where it is the prior
 ODD = 3.0  # a single observation counts as no further off than this
 SAMPLE_TOKENS = 2000
-DEPTH_S = 0.2  # prefill that an instance keeps queued: never empty, never deep
-GUESSED_DEPTH_S = 3.0  # where the speed is a guess, a shallow queue could leave a fast instance idle
 
 
 @dataclass(slots=True)

@@ -10,13 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from infermesh.errors import Reason
-from services.gateway.routing import judge, membership, serving, watch
+from services.gateway.routing import asking, judge, membership, serving, watch
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.choice import tokens
-from services.gateway.routing.decision import Close, Decision, Effect, Lease, Record
+from services.gateway.routing.decision import Ask, Close, Decision, Effect, Lease, Record
 from services.gateway.routing.desk import Desk
 from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
-from services.gateway.routing.fleet import Fleet, Instance
+from services.gateway.routing.fleet import NOBODY, Fleet, Instance
 from services.gateway.routing.health import Cause, Link, Standing
 from services.gateway.routing.policy import Policy
 
@@ -73,7 +73,10 @@ class Router:
             return []
         effects: list[Effect] = []
         self._desk.learn(instance, lease, entry, outcome, now)
-        if outcome.reason in (Reason.INSTANCE_FULL, Reason.STARTING):
+        if outcome.reason is Reason.INSTANCE_FULL and instance.shared and not lease.grant:
+            instance.ledger.refused(outcome.queued_s, now)  # it was not asked; for the next attempt, it is
+            instance.closed = True
+        elif outcome.reason in (Reason.INSTANCE_FULL, Reason.STARTING):
             instance.full_until = now + FULL_PAUSE_S
         elif outcome.reason is Reason.DRAINING:
             instance.voices.draining = True
@@ -105,7 +108,9 @@ class Router:
             for instance in list(self.fleet.instances.values()):
                 if instance.state is not instance.settled:
                     effects += membership.follow(self._desk, instance, [], now)
-        return effects + serving.serve_all(self._desk, now)
+        effects += serving.serve_all(self._desk, now)
+        self._desk.queue.touched.update(self._desk.queue.homes)
+        return effects
 
     # -- the fleet --------------------------------------------------------------------------------------------------
 
@@ -115,13 +120,16 @@ class Router:
         """The directory's whole content. Unchanged lives keep everything; a stale directory removes nobody."""
         return membership.update(self._desk, members, now, young=young, stale=stale)
 
-    def linked(self, id: str, incarnation: int, now: float, *, beats: bool = False) -> list[Effect]:
+    def linked(
+        self, id: str, incarnation: int, now: float, *, beats: bool = False, grants: bool = False
+    ) -> list[Effect]:
         """The Link to this life stands and its hello was right; if it drains, it says so next. `beats`: it promised a
-        frame a second at least."""
+        frame a second at least; `grants`: it arbitrates between gateways, and does not know yet who waits here."""
         instance = self.fleet.instances.get(id)
         effects: list[Effect] = []
         if instance is not None and instance.endpoint.incarnation == incarnation:
             instance.beats, instance.heard, instance.stepped = beats, self._desk.awake.now, None
+            instance.grants, instance.told, instance.closed = grants, NOBODY, False
             if instance.voices.standing is Standing.DOUBTED and instance.voices.cause in (Cause.LOST, Cause.SILENT):
                 effects = judge.cleared(self._desk, instance, now)
         return effects + membership.hear(self._desk, id, incarnation, "", now, link=Link.UP, draining=False)
@@ -131,6 +139,8 @@ class Router:
         instance = self.fleet.life(id, incarnation)
         if instance is not None:
             instance.ledger.forget_report()
+            instance.line.hear((), 0)
+            instance.grants = False
         return membership.hear(self._desk, id, incarnation, why, now, link=Link.DOWN)
 
     def draining(self, id: str, incarnation: int, now: float) -> list[Effect]:
@@ -164,8 +174,22 @@ class Router:
             return []
         self._heard(instance, load)
         instance.ledger.reconcile(load, now, instance.rates.tps)
-        instance.full_until = 0.0
+        instance.line.hear(load.foreign_line_ms, load.foreign_waiting)
+        instance.full_until, instance.closed = 0.0, False
+        if instance.line.count and instance.shared and not instance.told.ticket:
+            self._desk.queue.touched.add(id)
         return serving.serve(self._desk, instance, now)
+
+    def granted(self, id: str, incarnation: int, ticket: int, now: float) -> list[Effect]:
+        """The instance has room for one of those who wait for it here."""
+        instance = self.fleet.instances.get(id)
+        if instance is None or instance.endpoint.incarnation != incarnation:
+            return []
+        return asking.granted(self._desk, instance, ticket, now)
+
+    def asks(self, now: float) -> list[Ask]:
+        """What instances are to be told of who waits here. To be called after every other call, and sent at once."""
+        return asking.asks(self._desk, now) if self._desk.queue.touched else []
 
     def cached(
         self,

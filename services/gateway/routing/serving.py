@@ -130,21 +130,23 @@ def serve_all(desk: Desk, now: float) -> list[Effect]:
     return effects
 
 
-def again(desk: Desk, waiting: Waiting, now: float) -> list[Effect]:
-    """Chooses anew for an unplaced request: it goes, is refused, or stands in a line."""
+def again(desk: Desk, waiting: Waiting, now: float, granted: str = "", ticket: int = 0) -> list[Effect]:
+    """Chooses anew for an unplaced request: it goes, is refused, or stands in a line. `granted`: the instance that has
+    room for it, under that ticket."""
     facts, queue = waiting.facts, desk.queue
     if waiting.held:
         waiting.held = desk.held(facts)
-    choice = desk.choose(facts, _expected(desk, facts, waiting.held, waiting.ticket), now, waiting.draw)
+    choice = desk.choose(facts, _expected(desk, facts, waiting.held, waiting.ticket), now, waiting.draw, granted)
     if choice.instance is not None and choice.ready and choice.cached and not waiting.held.get(choice.instance.id):
-        choice = desk.choose(facts, waiting.held, now, waiting.draw)  # a promise that nobody has kept yet
+        choice = desk.choose(facts, waiting.held, now, waiting.draw, granted)  # a promise that nobody has kept yet
     if choice.instance is not None and choice.ready:
         queue.remove(waiting.ticket)
         record = choice.record
         if waiting.degraded_from:
             record = replace(record, degraded_from=waiting.degraded_from)
             choice = replace(choice, record=record)
-        return [Dispatch(desk.reserve(choice, facts, now), waiting.ticket)]
+        grant = ticket if choice.record.chosen == granted else 0
+        return [Dispatch(desk.reserve(choice, facts, now, grant), waiting.ticket)]
     if choice.refusal is not None:
         queue.remove(waiting.ticket)
         after = retry_after(desk, facts, choice.refusal)
@@ -157,6 +159,7 @@ def again(desk: Desk, waiting: Waiting, now: float) -> list[Effect]:
 def _place(desk: Desk, waiting: Waiting, choice: Choice) -> None:
     """Into the line of the instance it would go to, by the work that it is there as things are."""
     instance = choice.instance
+    waiting.long = choice.long
     work, saved = desk.work(instance, waiting.facts, waiting.held) if instance is not None else (0.0, 0.0)
     desk.queue.place(waiting, instance, work, saved)
 

@@ -22,6 +22,7 @@ class Job:
     degraded: bool = False
     shed: str = ""  # why nobody answered it
     # In the engine.
+    number: int = 0  # in its instance's arbiter
     sent: float = 0.0
     output: int = 0  # tokens it will make here: the trace's, cut at the instance's range
     cached: int = 0  # prompt tokens found in the prefix cache

@@ -8,7 +8,7 @@ from typing import Literal
 
 from registry.endpoint import Endpoint, Speed
 from services.gateway.routing.admission import Bounds
-from services.gateway.routing.decision import Decision, Effect, Lease
+from services.gateway.routing.decision import Ask, Decision, Effect, Lease
 from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
 from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
@@ -28,6 +28,7 @@ class Ours:
     report_s: float | None = 0.0
     cache_events: Literal["never", "at_once", "with_report"] = "with_report"
     tick_s = 0.05
+    asks = True
 
     def __init__(self, name: str = "infermesh", *, blind: bool = False, bounds: Bounds = PATIENT) -> None:
         self.name = name
@@ -65,6 +66,12 @@ class RouterGateway:
     def tick(self, now: float) -> list[Effect]:
         return self.router.tick(now)
 
+    def granted(self, endpoint: Endpoint, ticket: int, now: float) -> list[Effect]:
+        return self.router.granted(endpoint.id, endpoint.incarnation, ticket, now)
+
+    def asks(self, now: float) -> list[Ask]:
+        return self.router.asks(now)
+
 
 def directory(site: Site, now: float, bounds: Bounds = PATIENT) -> Router:
     """A router that has known these instances for a while and is linked to all of them."""
@@ -74,7 +81,7 @@ def directory(site: Site, now: float, bounds: Bounds = PATIENT) -> Router:
     router = Router(now - AGE_S, bounds, policy=policy)
     router.update([Member(endpoint) for endpoint in site.endpoints], now)
     for endpoint in site.endpoints:
-        router.linked(endpoint.id, endpoint.incarnation, now)
+        router.linked(endpoint.id, endpoint.incarnation, now, grants=True)
     return router
 
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from infermesh.errors import Reason
 from registry.endpoint import Endpoint
 from services.gateway.routing import filters
-from services.gateway.routing.decision import Decision, Dispatch, Effect, Lease, Record, Refuse
+from services.gateway.routing.decision import Ask, Decision, Dispatch, Effect, Lease, Record, Refuse
 from services.gateway.routing.facts import Facts, LoadReport, Outcome
 from services.gateway.routing.policy import resolve
 from services.gateway.simulator.fleet import Site
@@ -83,6 +83,12 @@ class Peer:
         return []
 
     def tick(self, now: float) -> list[Effect]:
+        return []
+
+    def granted(self, endpoint: Endpoint, ticket: int, now: float) -> list[Effect]:
+        return []
+
+    def asks(self, now: float) -> list[Ask]:
         return []
 
 

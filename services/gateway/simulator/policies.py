@@ -22,6 +22,7 @@ class PeerPolicy:
     report_s: float | None = None
     cache_events: Literal["never", "at_once", "with_report"] = "never"
     tick_s: float = 0.0
+    asks: bool = False
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway:
         return self.build(self.name, site, block_tokens, now)

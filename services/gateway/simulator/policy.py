@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal, Protocol
 
 from registry.endpoint import Endpoint
-from services.gateway.routing.decision import Decision, Effect, Lease
+from services.gateway.routing.decision import Ask, Decision, Effect, Lease
 from services.gateway.routing.facts import Facts, LoadReport, Outcome
 from services.gateway.simulator.fleet import Site
 
@@ -34,11 +34,15 @@ class Gateway(Protocol):
 
     def tick(self, now: float) -> list[Effect]: ...
 
+    def granted(self, endpoint: Endpoint, ticket: int, now: float) -> list[Effect]: ...
+
+    def asks(self, now: float) -> list[Ask]: ...
+
 
 class Policy(Protocol):
     """Builds gateways. `report_s`: how often instances are heard (None: never; 0: at DESIGN §6's interval).
     `cache_events`: when they tell what enters and leaves their caches. `tick_s`: how often time alone is told, 0 never.
-    """
+    `asks`: whether instances arbitrate between its gateways."""
 
     @property
     def name(self) -> str: ...
@@ -51,5 +55,8 @@ class Policy(Protocol):
 
     @property
     def tick_s(self) -> float: ...
+
+    @property
+    def asks(self) -> bool: ...
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway: ...

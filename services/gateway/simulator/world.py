@@ -9,8 +9,9 @@ from math import exp
 from typing import Any
 
 from infermesh.errors import Reason
-from services.gateway.routing.decision import Decision, Dispatch, Effect, Refuse, Wait
+from services.gateway.routing.decision import Ask, Decision, Decline, Dispatch, Effect, Refuse, Wait
 from services.gateway.routing.facts import End, Facts, Outcome
+from services.gateway.simulator.door import Door
 from services.gateway.simulator.encoder import EncoderEngine
 from services.gateway.simulator.engine import BUDGET, LlmEngine
 from services.gateway.simulator.fleet import Site, engine_of
@@ -44,7 +45,7 @@ class Run:
     end: float
 
 
-_SENT, _ENGINE, _FIRST, _DONE, _REFUSED, _REPORT, _HEARD, _TICK = range(8)
+_SENT, _ENGINE, _FIRST, _DONE, _REFUSED, _REPORT, _HEARD, _TICK, _ASKED, _GRANTED, _ROOM = range(11)
 
 
 class World:
@@ -58,6 +59,8 @@ class World:
             endpoint.id: engine_of(endpoint, trace.block_tokens, site.budget.get(endpoint.id, BUDGET))
             for endpoint in site.endpoints
         }
+        asking = max(1, conditions.gateways) if policy.asks else 0
+        self._doors = {id: Door(self._endpoints[id], engine, asking) for id, engine in self._engines.items()}
         self._versions = dict.fromkeys(self._engines, 0)
         self._every = 0.0  # seconds between two reports of an instance; 0 where nobody listens
         self._told: dict[str, tuple[int, float]] = dict.fromkeys(self._engines, (-1, -HEARTBEAT_S))
@@ -128,7 +131,22 @@ class World:
         elif what == _SENT:
             self._arrive(about, now)
         elif what == _REFUSED:
-            self._refused(about, now)
+            job, reason, queued_s = about
+            self._refused(job, reason, queued_s, now)
+        elif what == _ASKED:
+            gateway, said = about
+            if isinstance(said, Ask):
+                self._doors[said.instance_id].want(gateway, said.want, now)
+            else:
+                self._doors[said.instance_id].decline(gateway, said.ticket)
+            self._grant(said.instance_id, now)
+        elif what == _GRANTED:
+            id, grant = about
+            gateway = int(grant.gateway)
+            self._carry(self._gateways[gateway].granted(self._endpoints[id], grant.ticket, now), gateway, now)
+        elif what == _ROOM:
+            if about[1] == self._doors[about[0]].versions:
+                self._grant(about[0], now)
         elif what == _HEARD:
             id, loads, logged = about
             endpoint = self._endpoints[id]
@@ -149,6 +167,7 @@ class World:
     def _pick(self, job: Job, now: float) -> None:
         decision = self._gateways[job.gateway].pick(job.facts, now, self._chance.random())
         self._follow(decision, job, now)
+        self._ask(job.gateway, now)
 
     def _follow(self, decision: Decision, job: Job, now: float) -> None:
         if isinstance(decision, Dispatch):
@@ -167,6 +186,13 @@ class World:
                 job = self._tickets[gateway].pop(effect.ticket, None)
                 if job is not None:
                     self._follow(effect, job, now)
+            elif isinstance(effect, Decline):
+                self._at(now + self._network_s, _ASKED, (gateway, effect))
+        self._ask(gateway, now)
+
+    def _ask(self, gateway: int, now: float) -> None:
+        for ask in self._gateways[gateway].asks(now):
+            self._at(now + self._network_s, _ASKED, (gateway, ask))
 
     def _shed(self, job: Job, why: str, now: float) -> None:
         job.shed, job.done = why, now
@@ -186,10 +212,15 @@ class World:
         )
         self._carry(self._gateways[job.gateway].release(job.lease, outcome, now), job.gateway, now)
 
-    def _refused(self, job: Job, now: float) -> None:
-        """OUT_OF_RANGE with the exact count: released, and picked again elsewhere."""
+    def _refused(self, job: Job, reason: Reason, queued_s: float, now: float) -> None:
+        """INSTANCE_FULL: released, and picked again with its age. OUT_OF_RANGE with the exact count: elsewhere."""
         assert job.lease is not None
         lease, job.lease = job.lease, None
+        if reason is Reason.INSTANCE_FULL:
+            full = Outcome(End.REFUSED, reason, queued_s=queued_s)
+            self._carry(self._gateways[job.gateway].release(lease, full, now), job.gateway, now)
+            self._pick(job, now)
+            return
         job.refusals += 1
         outcome = Outcome(End.REFUSED, Reason.OUT_OF_RANGE, prompt_tokens=job.request.prompt)
         self._carry(self._gateways[job.gateway].release(lease, outcome, now), job.gateway, now)
@@ -208,8 +239,9 @@ class World:
 
     def _arrive(self, job: Job, now: float) -> None:
         engine = self._engines[job.instance]
-        if engine.refuses(job):
-            self._at(now + self._network_s, _REFUSED, job)
+        refusal = self._doors[job.instance].refuses(job, now)
+        if refusal is not None:
+            self._at(now + self._network_s, _REFUSED, (job, *refusal))
             return
         job.sent = now - self._network_s
         asleep = engine.segment is None
@@ -236,8 +268,20 @@ class World:
             self._at(now + self._network_s, _FIRST, job)
         for job in done:
             self._at(now + self._network_s, _DONE, job)
+        self._doors[id].moved(started, done, now)
         self._schedule(id)
+        self._grant(id, now)
         self._tell_cache(id, now)
+
+    def _grant(self, id: str, now: float) -> None:
+        """Room goes to whoever asked best, and a timer to when time alone will have made some."""
+        door = self._doors[id]
+        for grant in door.grants(now):
+            self._at(now + self._network_s, _GRANTED, (id, grant))
+        due = door.due(now)
+        door.versions += 1
+        if due is not None:
+            self._at(due, _ROOM, (id, door.versions))
 
     def _tell_cache(self, id: str, now: float) -> None:
         log = self._logs.get(id)
@@ -256,7 +300,7 @@ class World:
         changes, at = self._told[id]
         if engine.segment is not None or engine.changes != changes or now - at >= HEARTBEAT_S:
             self._told[id] = (engine.changes, now)
-            loads = [engine.load(number, now) for number in range(len(self._gateways))]
+            loads = [self._doors[id].load(number, now) for number in range(len(self._gateways))]
             log = self._logs.get(id)
             logged: tuple[tuple[bool, tuple[int, ...]], ...] = ()
             if log and self._policy.cache_events == "with_report":

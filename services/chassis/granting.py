@@ -1,0 +1,256 @@
+"""The instance as the arbiter of its room: which gateway's waiting request is next. Pure.
+
+Gateways that share nothing see each other's work late, and all of them fill the same gap. So each announces the best
+request that waits in it for this instance, and the instance, which hears all of them and alone knows its room, grants
+to the best of these. It keeps a short queue of prompts: never empty, never deep. What comes without a grant finds the
+room free and nobody waiting, or is refused before it begins.
+
+Times are seconds on one clock, chosen by the caller; work is in microseconds, so that what was added is taken away
+exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from registry.endpoint import Endpoint
+
+FEATURE = "grant"  # in both hellos: asks by Want, understands Grant
+DEPTH_S = 0.2  # prefill that an instance keeps queued: never empty, never deep
+GUESSED_DEPTH_S = 3.0  # where the speed is a guess, a shallow queue could leave a fast instance idle
+EXPIRY_S = 0.5  # a grant that no request has used by then is void: its gateway hangs, or has gone
+AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
+SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
+US = 1_000_000
+
+
+def depth_s(endpoint: Endpoint) -> float:
+    """Seconds of prefill that this instance keeps queued."""
+    speed = endpoint.speed
+    told = speed.prefill_tps if endpoint.kind == "llm" else speed.tokens_per_s
+    return GUESSED_DEPTH_S if told is None else DEPTH_S
+
+
+class Want(NamedTuple):
+    """The best request that waits in a gateway for the instance. `age_s`: since it first asked. `bias_us` is added to
+    its work when requests are ordered. `spare_tokens` of the KV cache must stay free beside it. `line_ms`: work of all
+    who wait there, by size; `waiting`: how many."""
+
+    ticket: int
+    work_us: int
+    kv_tokens: int = 0
+    spare_tokens: int = 0
+    rank: int = 0
+    priority: int = 0
+    bias_us: int = 0
+    age_s: float = 0.0
+    line_ms: tuple[int, ...] = ()
+    waiting: int = 0
+
+
+class Grant(NamedTuple):
+    gateway: str
+    ticket: int
+
+
+class Others(NamedTuple):
+    """What one gateway is told of all the others."""
+
+    gateways: int  # linked, itself included
+    work_us: int  # their prompts that are not yet computed, and what is granted to them
+    line_ms: tuple[int, ...]
+    waiting: int
+
+
+@dataclass(slots=True)
+class _Booked:
+    """Room taken: by a request in flight, whose `work_us` and `kv_tokens` become 0 with its first token, or a grant."""
+
+    gateway: str
+    work_us: int
+    kv_tokens: int
+    until: float = 0.0  # of a grant
+
+
+Key = tuple[int, int, float, str]
+
+
+class Arbiter:
+    """`max_running` and `kv_tokens` 0: unknown, they bound nothing."""
+
+    def __init__(self, depth_s: float = GUESSED_DEPTH_S, max_running: int = 0, kv_tokens: int = 0) -> None:
+        self.resize(depth_s, max_running, kv_tokens)
+        self._linked: dict[str, int] = {}  # gateway -> its Links; a new one may overlap the old
+        self._wants: dict[str, tuple[Key, Want]] = {}
+        self._lines: dict[str, Want] = {}  # the last word of each gateway on who waits there
+        self._granted: dict[tuple[str, int], _Booked] = {}
+        self._inside: dict[int, _Booked] = {}  # in flight
+        self._pending: dict[int, _Booked] = {}  # of these, without a first token, oldest first
+        self._work_us = 0  # of _pending
+        self._granted_us = 0
+        self._kv = 0  # of _pending and grants
+        self._since = 0.0  # when the head of _pending began to be computed
+        self._number = 0
+        self._kv_used = 0
+        self._computing = False
+
+    def resize(self, depth_s: float, max_running: int, kv_tokens: int) -> None:
+        """What is known of the instance now."""
+        self._depth_us = round(depth_s * US)
+        self._max_running = max_running
+        self._kv_tokens = kv_tokens
+
+    # -- gateways ---------------------------------------------------------------------------------------------------
+
+    def joined(self, gateway: str) -> None:
+        self._linked[gateway] = self._linked.get(gateway, 0) + 1
+
+    def left(self, gateway: str) -> None:
+        """Its Link is over: what it wanted and was granted is void. What it has in flight ends by itself."""
+        self._linked[gateway] -= 1
+        if self._linked[gateway]:
+            return
+        del self._linked[gateway]
+        self._wants.pop(gateway, None)
+        self._lines.pop(gateway, None)
+        for held in [held for held in self._granted if held[0] == gateway]:
+            self._void(held)
+
+    def want(self, gateway: str, want: Want, now: float) -> None:
+        """Replaces what the gateway announced before; ticket 0: nobody waits there."""
+        if gateway not in self._linked:
+            return
+        self._lines[gateway] = want
+        if not want.ticket or (gateway, want.ticket) in self._granted:
+            self._wants.pop(gateway, None)
+            return
+        score = (want.work_us + want.bias_us) / US + AGING * (now - want.age_s)
+        self._wants[gateway] = (want.rank, -want.priority, score, gateway), want
+
+    def decline(self, gateway: str, ticket: int) -> None:
+        """The gateway has no use for its grant."""
+        if (gateway, ticket) in self._granted:
+            self._void((gateway, ticket))
+
+    def grants(self, now: float) -> list[Grant]:
+        """Hands out what room there is. To be called after anything that may have made some, and when `due` says."""
+        for held in [held for held, booked in self._granted.items() if booked.until <= now]:
+            self._void(held)
+        found: list[Grant] = []
+        while self._wants:
+            gateway = min(self._wants, key=lambda gateway: self._wants[gateway][0])
+            want = self._wants[gateway][1]
+            if not self._fits(want.kv_tokens + want.spare_tokens, now):
+                break
+            del self._wants[gateway]
+            self._granted[gateway, want.ticket] = _Booked(gateway, want.work_us, want.kv_tokens, now + EXPIRY_S)
+            self._granted_us += want.work_us
+            self._kv += want.kv_tokens
+            found.append(Grant(gateway, want.ticket))
+        return found
+
+    # -- requests ---------------------------------------------------------------------------------------------------
+
+    def arrive(
+        self, gateway: str, now: float, work_us: int = 0, kv_tokens: int = 0, grant: int = 0
+    ) -> tuple[int, float]:
+        """(its number, 0), or (0, seconds of prompts queued) where it is refused: it has no grant, others wait or the
+        room is taken. Nobody is refused who could not have asked."""
+        held = (gateway, grant)
+        if grant and held in self._granted:
+            self._void(held)
+        elif gateway in self._linked and len(self._linked) > 1 and (self._wants or not self._fits(kv_tokens, now)):
+            return 0, self.wait_us(now) / US
+        if not self._work_us:
+            self._since = now
+        self._number += 1
+        self._inside[self._number] = self._pending[self._number] = booked = _Booked(gateway, work_us, kv_tokens)
+        self._work_us += booked.work_us
+        self._kv += booked.kv_tokens
+        return self._number, 0.0
+
+    def started(self, number: int, now: float) -> None:
+        """Its first token is out."""
+        booked = self._pending.pop(number, None)
+        if booked is not None:
+            self._work_us -= booked.work_us
+            self._kv -= booked.kv_tokens
+            self._since = now
+
+    def ended(self, number: int, now: float) -> None:
+        self.started(number, now)
+        self._inside.pop(number, None)
+
+    # -- room -------------------------------------------------------------------------------------------------------
+
+    def engine(self, kv_used_ratio: float | None, running: int | None) -> None:
+        """The engine's last word. None is unknown."""
+        self._kv_used = round((kv_used_ratio or 0.0) * self._kv_tokens)
+        self._computing = bool(running)
+
+    def wait_us(self, now: float) -> int:
+        """Prompts queued, less what the head of them has done since it began, and what is granted."""
+        head = next(iter(self._pending.values())).work_us if self._pending else 0
+        done = min(max(0, round((now - self._since) * US)), head)
+        return self._work_us - done + self._granted_us
+
+    def due(self, now: float) -> float | None:
+        """When time alone will have made room, or ended a grant. None: only an event can."""
+        found = [booked.until for booked in self._granted.values()]
+        excess = self._work_us + self._granted_us - self._depth_us
+        if self._wants and self._pending and 0 < excess <= next(iter(self._pending.values())).work_us:
+            at = self._since + (excess + 1) / US
+            if at > now:
+                found.append(at)
+        return min(found, default=None)
+
+    def others(self, gateway: str, now: float) -> Others:
+        """What this gateway cannot know by itself."""
+        own = sum(booked.work_us for booked in self._pending.values() if booked.gateway == gateway)
+        own += sum(booked.work_us for (name, _), booked in self._granted.items() if name == gateway)
+        head = next(iter(self._pending.values()), None)
+        done = 0
+        if head is not None and head.gateway != gateway:
+            done = min(max(0, round((now - self._since) * US)), head.work_us)
+        line = [0] * SIZES
+        waiting = 0
+        for name, want in self._lines.items():
+            if name != gateway:
+                waiting += want.waiting
+                for size, ms in enumerate(want.line_ms[:SIZES]):
+                    line[size] += ms
+        while line and not line[-1]:
+            line.pop()
+        work = self._work_us + self._granted_us - own - done
+        return Others(len(self._linked), work, tuple(line), waiting)
+
+    @property
+    def waiting(self) -> int:
+        """How many gateways want something."""
+        return len(self._wants)
+
+    def in_use(self) -> Mapping[str, int]:
+        """Every counter; all 0 where nothing is in flight, granted or linked."""
+        return {
+            "linked": len(self._linked),
+            "wants": len(self._wants) + len(self._lines),
+            "granted": len(self._granted) + self._granted_us,
+            "inside": len(self._inside) + len(self._pending),
+            "work": self._work_us,
+            "kv": self._kv,
+        }
+
+    def _fits(self, kv_tokens: int, now: float) -> bool:
+        busy = len(self._inside) + len(self._granted)
+        if self._max_running and busy >= self._max_running:
+            return False
+        if self._kv_tokens and (busy or self._computing) and self._kv_used + self._kv + kv_tokens > self._kv_tokens:
+            return False
+        return self.wait_us(now) <= self._depth_us
+
+    def _void(self, held: tuple[str, int]) -> None:
+        booked = self._granted.pop(held)
+        self._granted_us -= booked.work_us
+        self._kv -= booked.kv_tokens

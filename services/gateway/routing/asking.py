@@ -1,0 +1,96 @@
+"""Want and grant: what this gateway tells instances that arbitrate between gateways, and what it does with their word.
+
+Each request stands in one line only, so it is asked for in one place at a time. What is granted goes to whoever is best
+there by then; where nobody is, the grant is declined at once, so that the room is not lost.
+"""
+
+from __future__ import annotations
+
+from services.chassis.granting import AGING, US, Want
+from services.gateway.routing.choice import cached_tokens, tokens
+from services.gateway.routing.decision import Ask, Decline, Dispatch, Effect
+from services.gateway.routing.desk import Desk
+from services.gateway.routing.fleet import NOBODY, Instance
+from services.gateway.routing.line import FAIRNESS, TURN
+from services.gateway.routing.serving import TRIES, again
+
+REPEAT_S = 1.0  # an ask is said again while it lasts: an instance may have lost it with a grant that went astray
+SUMMARY_S = 0.02  # how late others may learn how long the line behind the first one is
+OVERDUE_RANKS = 3  # an overdue request whose turn it is goes before every class
+_HEAD = 7  # fields of a Want that say who is asked for
+
+
+def asks(desk: Desk, now: float) -> list[Ask]:
+    """What has changed for the instances whose lines were touched."""
+    found: list[Ask] = []
+    touched = desk.queue.touched
+    for id in sorted(touched):
+        instance = desk.fleet.instances.get(id)
+        if instance is None or not instance.shared:
+            touched.discard(id)
+            continue
+        want, told = want_of(desk, instance, now), instance.told
+        if want[:_HEAD] == told[:_HEAD]:
+            new = want.line_ms != told.line_ms
+            if now - instance.told_at < (SUMMARY_S if new else REPEAT_S):
+                if not new:
+                    touched.discard(id)
+                continue
+            if not new and not want.ticket:
+                touched.discard(id)
+                continue
+        touched.discard(id)
+        instance.told, instance.told_at = want, now
+        found.append(Ask(id, want))
+    return found
+
+
+def want_of(desk: Desk, instance: Instance, now: float) -> Want:
+    """The request that the instance should take next of ours, and the line behind it."""
+    line = instance.line
+    if not line.count or instance.barred or now < instance.full_until:
+        return NOBODY
+    ahead = desk.queue.ahead()
+    turn = instance.ledger.arrivals
+    waiting = line.first(ahead, turn)
+    assert waiting is not None
+    facts = waiting.facts
+    prompt, output = tokens(facts, desk.estimate(facts))
+    cached = cached_tokens(waiting.held.get(instance.id, 0.0), prompt)
+    spare = 0
+    capacity = instance.endpoint.capacity.kv_tokens
+    if capacity and instance.endpoint.tier == "long-context" and not waiting.long:
+        spare = instance.reserve.kv_tokens(now, capacity)
+    rank, priority, cost, _ = waiting.key
+    if waiting.overdue and turn % TURN == 0:
+        rank -= OVERDUE_RANKS
+    bias = cost - AGING * facts.since - waiting.work + FAIRNESS * ahead.get(facts.tenant, 0.0)
+    return Want(
+        ticket=waiting.ticket,
+        work_us=round(waiting.work * US),
+        kv_tokens=prompt - cached + output,
+        spare_tokens=spare,
+        rank=rank,
+        priority=-priority,
+        bias_us=round(bias * US),
+        age_s=now - facts.since,
+        line_ms=line.line_ms(),
+        waiting=line.count,
+    )
+
+
+def granted(desk: Desk, instance: Instance, ticket: int, now: float) -> list[Effect]:
+    """The instance has room for one of ours. It has forgotten what it was asked."""
+    instance.told = NOBODY._replace(line_ms=instance.told.line_ms)
+    desk.queue.touched.add(instance.id)
+    effects: list[Effect] = []
+    for _ in range(TRIES):
+        waiting = instance.line.first(desk.queue.ahead(), instance.ledger.arrivals) if instance.line.count else None
+        if waiting is None:
+            break
+        desk.queue.lift(waiting)
+        placed = again(desk, waiting, now, instance.id, ticket)
+        effects += placed
+        if any(isinstance(effect, Dispatch) and effect.lease.instance_id == instance.id for effect in placed):
+            return effects
+    return [*effects, Decline(instance.id, ticket)]
