@@ -127,6 +127,7 @@ async def _live(
         endpoint = dataclasses.replace(
             loading.result(), port=address[1] or bound, pid=os.getpid(), version=infermesh.__version__
         )
+        context.arrivals.room.fit(endpoint, program.load)
         gc.collect()
         gc.freeze()  # what is loaded stays; a full collection would walk it again and again, with the loop held
         registries = [] if registry is None else [registry]

@@ -27,7 +27,7 @@ class Outbox:
 
 
 class Room:
-    """Everything that moves the arbiter goes through here, so that no grant is late. Without Links it bounds nothing."""
+    """All that moves the arbiter goes through here, so that no grant is late. Without Links it bounds nothing."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.arbiter = Arbiter()
@@ -85,7 +85,7 @@ class Room:
         """A request's number here, for `started` and `ended`.
 
         Raises:
-            MeshError: INSTANCE_FULL, with the seconds of prompts that are queued: it did not ask, and the room is taken.
+            MeshError: INSTANCE_FULL, with the seconds of prompts queued: it did not ask, and the room is taken.
         """
         gateway, work_us, kv_tokens, grant = "", 0, tokens, 0
         if relay is not None:
@@ -93,7 +93,9 @@ class Room:
             kv_tokens = relay.kv_tokens or tokens
         self._look()
         now = self._clock()
-        number, queued_s = self.arbiter.arrive(gateway, now, work_us or round(tokens / self._tps * US), kv_tokens, grant)
+        number, queued_s = self.arbiter.arrive(
+            gateway, now, work_us or round(tokens / self._tps * US), kv_tokens, grant
+        )
         if not number:
             message = f"{queued_s:.3f} s of prompts are queued here, and the request was sent without a grant"
             raise MeshError(Reason.INSTANCE_FULL, message, retry_after_s=max(queued_s, 0.001))

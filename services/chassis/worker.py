@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import nullcontext
+from functools import partial
 
 import structlog
 
@@ -126,7 +127,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         )
         asks = GRANT in hello.hello.features
         room = self._arrivals.room
-        gone = asyncio.create_task(_until_goodbye(frames, lambda frame: asks and room.hear(gateway_id, frame)))
+        hear = partial(room.hear, gateway_id) if asks else None
+        gone = asyncio.create_task(_until_goodbye(frames, hear))
         try:
             with self._arrivals.linked(gateway_id), room.linked(gateway_id) if asks else nullcontext() as outbox:
                 async for frame in self._reports(gateway_id, interval_s, gone, with_cache, outbox):
@@ -195,11 +197,10 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         return load
 
 
-async def _until_goodbye(
-    frames: AsyncIterator[wk.LinkRequest], hear: Callable[[wk.LinkRequest], object]
-) -> None:
-    """Ends when the gateway says goodbye or its half of the stream is over."""
+async def _until_goodbye(frames: AsyncIterator[wk.LinkRequest], hear: Callable[[wk.LinkRequest], None] | None) -> None:
+    """Ends when the gateway says goodbye or its half of the stream is over. `hear`: takes its other frames in."""
     async for frame in frames:
         if frame.WhichOneof("frame") == "goodbye":
             return
-        hear(frame)
+        if hear is not None:
+            hear(frame)

@@ -99,6 +99,7 @@ class Attempt:
             self.ttft_s,
             self._carrier.now() - self._begun,
             usage.cached_tokens if usage is not None and self._method.streams else None,
+            queued_s=(failure.retry_after_s or 0.0) if isinstance(failure, MeshError) else 0.0,
         )
         self._carrier.release(self.lease, outcome)
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import grpc
@@ -12,9 +13,11 @@ import grpc.aio
 import structlog
 from grpc_health.v1 import health_pb2
 
+from infermesh.v1 import worker_pb2 as wk
 from registry.endpoint import Endpoint
+from services.chassis.granting import Want
 from services.gateway.observe import Observe
-from services.gateway.routing.decision import Abandon, Close, Dispatch, Effect, Eject, Lease, Probe, Refuse
+from services.gateway.routing.decision import Abandon, Close, Decline, Dispatch, Effect, Eject, Lease, Probe, Refuse
 from services.gateway.routing.facts import End, Outcome
 from services.gateway.routing.router import Router
 from services.gateway.upstream.channels import Channels
@@ -41,6 +44,7 @@ class Carrier:
         self._waiters: dict[int, asyncio.Future[Dispatch | Refuse]] = {}
         self._calls: dict[int, tuple[str, Any]] = {}  # by a lease's seq: the instance, the grpc call
         self._probes: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._said: dict[str, asyncio.Queue[wk.LinkRequest]] = {}  # by instance
         self._effects: deque[Effect] = deque()
         self._doing = False
 
@@ -56,6 +60,7 @@ class Carrier:
                 self._do(self._effects.popleft())
         finally:
             self._doing = False
+        self.ask()
 
     def _do(self, effect: Effect) -> None:
         if isinstance(effect, Dispatch | Refuse):
@@ -68,9 +73,32 @@ class Carrier:
             self._probe(effect.instance_id)
         elif isinstance(effect, Abandon):
             self._abandon(effect)
+        elif isinstance(effect, Decline):
+            self._say(effect.instance_id, wk.LinkRequest(decline=wk.Decline(ticket=effect.ticket)))
         elif isinstance(effect, Close):
             self.channels.close(effect.instance_id, effect.incarnation)
             self.touch()
+
+    def ask(self) -> None:
+        """Tells instances that arbitrate who waits here for them, where that has changed."""
+        for ask in self.router.asks(self.now()):
+            self._say(ask.instance_id, wk.LinkRequest(want=_want_frame(ask.want)))
+
+    @contextmanager
+    def speaking(self, id: str) -> Iterator[asyncio.Queue[wk.LinkRequest]]:
+        """What is to be said on an instance's Link, while it stands."""
+        frames: asyncio.Queue[wk.LinkRequest] = asyncio.Queue()
+        self._said[id] = frames
+        try:
+            yield frames
+        finally:
+            if self._said.get(id) is frames:
+                del self._said[id]
+
+    def _say(self, id: str, frame: wk.LinkRequest) -> None:
+        frames = self._said.get(id)
+        if frames is not None:
+            frames.put_nowait(frame)
 
     def touch(self) -> None:
         """The fleet looks different now."""
@@ -101,6 +129,7 @@ class Carrier:
         """Until the router answers for the ticket. Cancelling gives place and, if it just came, lease back."""
         waiter: asyncio.Future[Dispatch | Refuse] = asyncio.get_running_loop().create_future()
         self._waiters[ticket] = waiter
+        self.ask()
         try:
             return await waiter
         except asyncio.CancelledError:
@@ -118,6 +147,7 @@ class Carrier:
             while effects := self.router.tick(self.now()):
                 self.do(effects)
                 await asyncio.sleep(0)
+            self.ask()
 
     def _wake(self, effect: Dispatch | Refuse) -> None:
         waiter = self._waiters.get(effect.ticket)
@@ -157,3 +187,18 @@ class Carrier:
                 return None
             log.info("probe failed", instance=endpoint.id, error=code.name if code else type(error).__name__)
             return False
+
+
+def _want_frame(want: Want) -> wk.Want:
+    return wk.Want(
+        ticket=want.ticket,
+        work_us=max(0, want.work_us),
+        kv_tokens=max(0, want.kv_tokens),
+        age_ms=min(max(0, round(want.age_s * 1000)), 2**32 - 1),
+        priority=want.priority,
+        rank=want.rank,
+        bias_us=want.bias_us,
+        spare_tokens=want.spare_tokens,
+        line_ms=[min(max(0, ms), 2**32 - 1) for ms in want.line_ms],
+        waiting=want.waiting,
+    )

@@ -258,7 +258,8 @@ class Exchange:
         relay = request.relay
         relay.served_model = model if model != request.model else ""
         relay.gateway_id = forwarder.gateway_id
-        relay.seq = lease.seq
+        relay.seq, relay.grant = lease.seq, lease.grant
+        relay.work_us, relay.kv_tokens = lease.work_us, lease.kv_tokens
         relay.attempt = self.attempts
         relay.tenant = self._context.caller.tenant
         if self._kept.under_way and self._kept.transcript is not None:

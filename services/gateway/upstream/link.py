@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import grpc.aio
@@ -13,6 +13,7 @@ import structlog
 import infermesh
 from infermesh.v1 import worker_pb2 as wk
 from registry.endpoint import Endpoint
+from services.chassis.granting import FEATURE as GRANT
 from services.gateway.routing.facts import LoadReport
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.failures import we_were_cancelled
@@ -74,19 +75,24 @@ class Link:
         """Frames after a hello that was right."""
         line = self._carrier.channels.open(self._endpoint)
         call: Any = line.worker.Link(metadata=self._carrier.metadata)
+        talking: asyncio.Task[None] | None = None
         try:
             hello = wk.GatewayHello(
-                gateway_id=self._gateway_id, version=infermesh.__version__, features=[CACHE_FEATURE]
+                gateway_id=self._gateway_id, version=infermesh.__version__, features=[CACHE_FEATURE, GRANT]
             )
             async with asyncio.timeout(HELLO_TIMEOUT_S):
                 await call.write(wk.LinkRequest(hello=hello))
                 first = await call.read()
             if first is grpc.aio.EOF:
                 return
-            self._meet(first)
-            while (frame := await call.read()) is not grpc.aio.EOF:
-                yield frame
+            with self._carrier.speaking(self._endpoint.id) as said:
+                talking = asyncio.create_task(_say(call, said), name=f"asks-{self._endpoint.id}")
+                self._meet(first)
+                while (frame := await call.read()) is not grpc.aio.EOF:
+                    yield frame
         finally:
+            if talking is not None:
+                talking.cancel()
             call.cancel()
 
     def _meet(self, frame: wk.LinkResponse) -> None:
@@ -99,7 +105,8 @@ class Link:
             )
         self.wrong = ""
         beats = LOAD_FEATURE in hello.features
-        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now(), beats=beats))
+        grants = GRANT in hello.features
+        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now(), beats=beats, grants=grants))
         self._carrier.touch()
 
     def _hear(self, frame: wk.LinkResponse) -> bool:
@@ -113,12 +120,21 @@ class Link:
             carrier.router.cached(
                 id, incarnation, cache.added, cache.removed, snapshot=cache.snapshot, epoch=cache.epoch
             )
+        elif which == "grant":
+            carrier.do(carrier.router.granted(id, incarnation, frame.grant.ticket, carrier.now()))
         elif which == "draining":
             carrier.do(carrier.router.draining(id, incarnation, carrier.now()))
         elif which == "goodbye":
             carrier.do(carrier.router.goodbye(id, incarnation, carrier.now()))
             return False
         return True
+
+
+async def _say(call: Any, frames: asyncio.Queue[wk.LinkRequest]) -> None:
+    """Frames of ours, until the Link ends; a broken one is noticed by whoever reads it."""
+    with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        while True:
+            await call.write(await frames.get())
 
 
 def load_report(load: wk.Load) -> LoadReport:
@@ -135,4 +151,8 @@ def load_report(load: wk.Load) -> LoadReport:
         seen_seq=load.seen_seq,
         own_running=load.own_running,
         own_queued_tokens=load.own_queued_tokens,
+        gateways=load.gateways,
+        foreign_work_us=known("foreign_work_us"),
+        foreign_line_ms=tuple(load.foreign_line_ms),
+        foreign_waiting=load.foreign_waiting,
     )
