@@ -7,7 +7,7 @@ import grpc
 import grpc.aio
 import pytest
 
-from infermesh.errors import Reason, from_rpc
+from infermesh.errors import MeshError, Reason, from_rpc
 from infermesh.transport import channel_options
 from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1 import worker_pb2_grpc
@@ -17,6 +17,7 @@ from services.chassis.arrivals import Arrivals
 from services.chassis.keys import Keys
 from services.chassis.server import Phase, Server
 from services.chassis.worker import Worker
+from tests.kit.mesh import until
 
 ENDPOINT = Endpoint(id="llm-1", kind="llm", host="127.0.0.1", port=1, model="m", incarnation=77)
 
@@ -136,3 +137,60 @@ async def test_what_is_not_served_says_so(bench):
         async for _ in bench.stub.Calibrate(wk.CalibrateRequest()):
             pass
     assert from_rpc(caught.value).reason is Reason.UNIMPLEMENTED
+
+
+async def joined(bench, gateway: str, *features: str):
+    call = bench.stub.Link()
+    hello = wk.GatewayHello(gateway_id=gateway, load_interval_ms=20, features=features)
+    await call.write(wk.LinkRequest(hello=hello))
+    assert "grant" in (await call.read()).hello.features
+    return call
+
+
+async def heard(call, which: str):
+    async with asyncio.timeout(10):
+        while (frame := await call.read()).WhichOneof("frame") != which:
+            pass
+    return getattr(frame, which)
+
+
+def sent(gateway: str, seq: int, grant: int = 0) -> Relay:
+    return Relay(gateway_id=gateway, seq=seq, work_us=60_000_000, grant=grant)
+
+
+async def test_gateways_ask_and_the_instance_grants_to_the_best(bench):
+    arrivals = bench.arrivals
+    arrivals.room.arbiter.resize(0.2, 0, 0)
+    a, b = await joined(bench, "a", "grant"), await joined(bench, "b", "grant")
+    await heard(b, "load")
+    with arrivals.enter(sent("a", 1), tokens=10) as entry:
+        with pytest.raises(MeshError) as full, arrivals.enter(sent("b", 1), tokens=10):
+            pass
+        assert full.value.reason is Reason.INSTANCE_FULL and full.value.retry_after_s > 30
+        await a.write(wk.LinkRequest(want=wk.Want(ticket=5, work_us=2_000_000, waiting=1, line_ms=[0, 2000])))
+        await b.write(wk.LinkRequest(want=wk.Want(ticket=9, work_us=1_000_000, waiting=1, line_ms=[1000])))
+        while not (load := await heard(a, "load")).foreign_waiting:
+            pass
+        assert load.gateways == 2 and list(load.foreign_line_ms) == [1000]
+        while not (load := await heard(b, "load")).foreign_waiting:
+            pass
+        assert load.foreign_work_us > 30_000_000
+        entry.started()
+        assert (await heard(b, "grant")).ticket == 9
+        await b.write(wk.LinkRequest(decline=wk.Decline(ticket=9)))
+        grant = await heard(a, "grant")
+        assert grant.ticket == 5 and grant.expires_ms > 0
+        with arrivals.enter(sent("a", 2, grant.ticket), tokens=10):
+            assert arrivals.room.arbiter.in_use()["granted"] == 0
+    a.cancel()
+    b.cancel()
+    await until(lambda: not any(arrivals.room.arbiter.in_use().values()), 10)
+
+
+async def test_gateways_of_an_older_version_are_served_as_ever(bench):
+    new, old = await joined(bench, "new", "grant"), await joined(bench, "old")
+    load = await heard(old, "load")
+    assert not load.gateways and not load.HasField("foreign_work_us")
+    assert (await heard(new, "load")).gateways == 1
+    with bench.arrivals.enter(sent("new", 1), tokens=10), bench.arrivals.enter(sent("old", 1), tokens=10):
+        assert bench.arrivals.running == 2
