@@ -246,7 +246,7 @@ async def test_list_watch_explain_and_drain(tmp_path: Path) -> None:
         )
         record = json.loads(explained.decision_json)
         assert record["chosen"] == "a" and {c["id"] for c in record["candidates"]} == {"a", "b"}
-        assert (await failure(mesh.mesh.Explain(ms.ExplainRequest(request_id="x")))).reason is Reason.UNSUPPORTED
+        assert (await failure(mesh.mesh.Explain(ms.ExplainRequest(request_id="x")))).reason is Reason.NOT_FOUND
         watch = mesh.mesh.WatchInstances(ms.WatchInstancesRequest())
         assert len((await watch.read()).instances) == 2
         running = asyncio.create_task(answer(mesh.llm.Chat(chat(max_tokens=60))))
