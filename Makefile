@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench routing seams peers vllms compat faults constraints clean
+.PHONY: help up test setup check protos bench routing seams peers vllms compat faults constraints clean soak
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -12,6 +12,8 @@ BIN = .venv/bin
 T ?=
 # Which rows of the fault matrix: make faults ROW=21
 ROW ?=
+# How long: make soak MINUTES=30
+MINUTES ?= 10
 ARGS ?=
 
 help: ## show this
@@ -72,6 +74,10 @@ seams: ## 10,000 random deaths against the vLLM engine's replay (minutes)
 vllms: ## two real vLLM instances, one slowed to half, behind the gateway and in turn, beside sim (ARGS="--write")
 	@$(SETUP) main llm
 	@exec $(BIN)/python -m tests.bench.two_vllms $(ARGS)
+
+soak: ## random faults, one every 10 to 20 s, for MINUTES=10; memory, descriptors and every answer are judged
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.fault.soak --minutes $(MINUTES) $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py

@@ -14,12 +14,13 @@ from tests.fault import (
     rows_network,
     rows_process,
     rows_registry,
+    soak,
 )
 from tests.fault.matrix import Row
 
 MODULES = (
     *(rows_process, rows_engine, rows_leaving, rows_network, rows_client, rows_consul, rows_registry, rows_host),
-    *(rows_abuse, rows_input, rows_load),
+    *(rows_abuse, rows_input, rows_load, soak),
 )
 ROWS: tuple[Row, ...] = tuple(sorted((row for one in MODULES for row in one.ROWS), key=lambda row: row.number))
 

@@ -18,13 +18,13 @@ from tests.fault.matrix import Ground, Measured, Row
 from tests.fault.rest import chat, post, session
 from tests.kit.mesh import until
 
-READERS = 100
+READERS = 60
 ABORT_S = 0.25
 
 
 async def no_reader(ground: Ground) -> Measured:
     """SSE readers that take nothing: each is cut off, costs a bounded piece of memory, and delays nobody."""
-    async with fleet(ground.folder, "a", "b", flags=("--step-ms", "10", "--max-running", "256")) as mesh:
+    async with fleet(ground.folder, "a", "b", flags=("--step-ms", "20", "--max-running", "256")) as mesh:
         gateway = psutil.Process(mesh.gateways[0].pid)
         async with streams(mesh.client, 4, tokens=50) as before:
             await asyncio.sleep(4)

@@ -36,7 +36,7 @@ async def unary_killed(ground: Ground) -> Measured:
         return Measured(not errors and bool(hurt) and added <= 0.2, text + listed(errors))
 
 
-async def _with_work(mesh: Fleet, least: int = 4) -> str:
+async def _with_work(mesh: Fleet, least: int = 2) -> str:
     """The first instance that has something to do."""
     async with asyncio.timeout(10):
         while True:

@@ -41,18 +41,18 @@ class FaultyEngine(ScriptedEngine):
         super().__init__(settings, held)
         self._path = path
         self._calls = path.with_name(path.name + ".calls").open("ab", buffering=0)
-        self._faults: dict[str, Any] = {}
+        self._told: dict[str, Any] = {}
         self._written = 0
         self._draw = random.Random(1)
         self._pace = self._batch._pace
         plan: Callable[[], Step | None] = self._batch.plan
-        self._batch.plan = lambda: None if self._faults.get("wedge") else plan()  # type: ignore[method-assign]
+        self._batch.plan = lambda: None if self._told.get("wedge") else plan()  # type: ignore[method-assign]
 
     async def start(self, progress: Callable[[str], None]) -> EngineInfo:
         self._read()
         self._looking = asyncio.create_task(self._look())
         progress("told to take its time")
-        await asyncio.sleep(self._faults.get("start_s", 0))
+        await asyncio.sleep(self._told.get("start_s", 0))
         return await super().start(progress)
 
     async def chat(self, request: Any) -> AsyncIterator[Event]:
@@ -65,9 +65,9 @@ class FaultyEngine(ScriptedEngine):
 
     async def _faulty(self, events: AsyncIterator[Event], request: Any) -> AsyncIterator[Event]:
         self._calls.write(b".")
-        if self._draw.random() < self._faults.get("fail", 0):
-            raise MeshError(Reason(self._faults.get("reason", "engine_failed")), "told to fail")
-        word = self._faults.get("stall", "")
+        if self._draw.random() < self._told.get("fail", 0):
+            raise MeshError(Reason(self._told.get("reason", "engine_failed")), "told to fail")
+        word = self._told.get("stall", "")
         stalls = bool(word) and not request.relay.resume.token_ids and word in str(request)
         told = 0
         async for event in events:
@@ -80,8 +80,8 @@ class FaultyEngine(ScriptedEngine):
         while True:
             await asyncio.sleep(LOOK_S)
             if self._read():
-                time.sleep(self._faults.get("block_s", 0))  # noqa: ASYNC251 - to hold the loop is the fault
-                slow = self._faults.get("slow", 1)
+                time.sleep(self._told.get("block_s", 0))  # noqa: ASYNC251 - to hold the loop is the fault
+                slow = self._told.get("slow", 1)
                 pace = self._pace
                 self._batch._pace = Pace(
                     pace.prefill_tps / slow,
@@ -97,7 +97,7 @@ class FaultyEngine(ScriptedEngine):
         if written == self._written:
             return False
         self._written = written
-        self._faults = json.loads(self._path.read_text())
+        self._told = json.loads(self._path.read_text())
         return True
 
 
