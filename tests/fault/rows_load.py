@@ -62,8 +62,8 @@ async def overload(ground: Ground) -> Measured:
     told = all("retry-after" in answer.headers for answer in refused)
     text = (
         f"{served / seconds:.0f} a second at 3 x, {peak / seconds:.0f} at 1 x ({served / peak:.0%}); "
-        f"{len(refused)} refused, {len(at_once)} of them at the door, p99 {p99 * 1000:.0f} ms, all with retry-after: {told}{listed(others)}; "
-        f"left over: {left or 'nothing'}"
+        f"{len(refused)} refused, {len(at_once)} of them at the door, p99 {p99 * 1000:.0f} ms, all with retry-after: "
+        f"{told}{listed(others)}; left over: {left or 'nothing'}"
     )
     return Measured(served >= 0.9 * peak and p99 <= 0.05 and told and not others and not left, text)
 
