@@ -197,7 +197,7 @@ class PrefixIndex:
         if slot.told or not slot.tells:
             return
         if cached + 1 < expected:  # one block is rounding
-            slot.capacity = int(slot.capacity * SHRINK)
+            slot.capacity = max(1, int(slot.capacity * SHRINK))  # from none it could never grow again
             self._trim(slot)
         elif cached > expected or (cached and slot.capacity < slot.nominal):
             slot.capacity = min(slot.nominal, int(slot.capacity * GROW) + 8)
