@@ -29,14 +29,17 @@ def error_headers(error: MeshError) -> Headers:
     """When to come again, and whether that makes sense at all.
 
     SDKs repeat 408, 409, 429 and 5xx on their own. What the gateway has already tried elsewhere must not be multiplied
-    by them, so only refusals for want of room or of an instance invite them back.
+    by them, so only refusals for want of room or of an instance invite them back; who decides for himself hears after
+    every fault of ours when to come.
     """
     row = error.row
     again = row.http == 429 or (row.http == 503 and not row.dispatched)
-    if not again:
-        return [(b"x-should-retry", b"false")]
+    never: Headers = [] if again else [(b"x-should-retry", b"false")]
+    if not again and row.http not in (500, 503):
+        return never
     after = DEFAULT_RETRY_S if error.retry_after_s is None else max(0.0, error.retry_after_s)
     return [
+        *never,
         (b"retry-after", str(math.ceil(after)).encode()),
         (b"retry-after-ms", str(round(after * 1000)).encode()),
     ]
