@@ -381,7 +381,7 @@ class Want(_message.Message):
     """how many those are"""
     @_builtins.property
     def line_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """work of all who wait, by size: up to 2 ms, 4 ms, 8 ms …"""
+        """work of all who wait, by size: up to 2 ms, 4 ms, 8 ms …; the 25th: of those who are late"""
 
     def __init__(
         self,

@@ -214,12 +214,12 @@ class Arbiter:
         done = 0
         if head is not None and head.gateway != gateway:
             done = min(max(0, round((now - self._since) * US)), head.work_us)
-        line = [0] * SIZES
+        line = [0] * (SIZES + 1)
         waiting = 0
         for name, want in self._lines.items():
             if name != gateway:
                 waiting += want.waiting
-                for size, ms in enumerate(want.line_ms[:SIZES]):
+                for size, ms in enumerate(want.line_ms[: SIZES + 1]):
                     line[size] += ms
         while line and not line[-1]:
             line.pop()

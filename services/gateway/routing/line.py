@@ -104,8 +104,8 @@ class Line:
         self.others_s, self.others_count = sum(self.others_sizes), waiting
 
     def line_ms(self) -> tuple[int, ...]:
-        """Work of all that stand here by size, without the empty sizes at the end."""
-        sizes = [round(seconds * 1000) for seconds in self.sizes]
+        """Work of all that stand here by size, late ones last, without the empty sizes at the end."""
+        sizes = [round(seconds * 1000) for seconds in (*self.sizes, sum(self.late_sizes))]
         while sizes and not sizes[-1]:
             sizes.pop()
         return tuple(sizes)
