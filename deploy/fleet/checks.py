@@ -45,25 +45,27 @@ def parse_fleet(text: str, name: str = "fleet") -> Fleet:
     return fleet
 
 
-def unserved(fleet: Fleet) -> list[Fault]:
-    """The keys in use whose feature is not there yet."""
-    return list(_later(fleet, ""))
+def unserved(fleet: Fleet, by: str = "up") -> list[Fault]:
+    """The keys in use that `up`, `compose` or `k8s` does not serve yet."""
+    return list(_later(fleet, "", by))
 
 
-def _later(part: BaseModel, path: str) -> Iterator[Fault]:
+def _later(part: BaseModel, path: str, by: str) -> Iterator[Fault]:
     for key, field in type(part).model_fields.items():
         value, at = getattr(part, key), f"{path}.{key}".lstrip(".")
         if value == field.get_default(call_default_factory=True):
             continue
         mark = next((item for item in field.metadata if isinstance(item, Later)), None)
         if mark:
+            if by in mark.but:
+                continue
             yield Fault(at, f"not served yet: {mark.what}")
         elif isinstance(value, BaseModel):
-            yield from _later(value, at)
+            yield from _later(value, at, by)
         elif isinstance(value, tuple):
             for index, item in enumerate(value):
                 if isinstance(item, BaseModel):
-                    yield from _later(item, f"{at}[{index}]")
+                    yield from _later(item, f"{at}[{index}]", by)
 
 
 def _contradictions(fleet: Fleet) -> Iterator[Fault]:

@@ -23,9 +23,11 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 
 @dataclass(frozen=True, slots=True)
 class Later:
-    """Marks a key whose feature is not there yet; `what` says which one it waits for."""
+    """Marks a key whose feature is not there yet; `what` says which one it waits for. `but`: who serves it already, of
+    compose and k8s (`infermesh render`)."""
 
     what: str
+    but: tuple[str, ...] = ()
 
 
 class Part(BaseModel):
@@ -88,7 +90,7 @@ class Node(Part):
     zone: Annotated[str, Field(max_length=64)] = ""
     interconnect: Literal["", "nvlink", "pcie"] = ""  # described for the planner; it changes nothing at start
     network: Literal["", "rdma", "ethernet"] = ""  # the same, between hosts
-    address: Annotated[str, Later("starting on other hosts comes with the Ray launcher")] = ""
+    address: Annotated[str, Later("starting on other hosts comes with the Ray launcher", ("compose",))] = ""
     memory_gib: Positive | None = None  # of the host, for the planner
     cpus: Positive | None = None  # cores of the host, for the planner
 
@@ -161,13 +163,14 @@ class Instance(Part):
     telemetry: Annotated[Telemetry | None, Later("telemetry headers that can be switched come with observability")] = (
         None
     )
-    min: Annotated[Count | None, Later("autoscaling is not there yet")] = None
-    max: Annotated[Count | None, Later("autoscaling is not there yet")] = None
-    resources: Annotated[Resources | None, Later("`infermesh render` uses it")] = None
-    storage: Annotated[Storage | None, Later("`infermesh render` uses it")] = None
-    image: Annotated[str, Later("`infermesh render` uses it")] = ""
-    labels: Annotated[dict[str, Text], Later("`infermesh render` uses it")] = {}
-    ray_cluster: Annotated[str | int | None, Later("the Ray launcher uses it")] = None
+    min: Annotated[Count | None, Later("processes do not scale yet; `render k8s` does", ("k8s",))] = None
+    max: Annotated[Count | None, Later("processes do not scale yet; `render k8s` does", ("k8s",))] = None
+    # Of its container or pod, for `infermesh render`; a process that `up` starts takes what its host has.
+    resources: Resources | None = None
+    storage: Storage | None = None  # for model files; absent: a shared volume (compose), an emptyDir (k8s)
+    image: str = ""
+    labels: dict[str, Text] = {}
+    ray_cluster: Annotated[str | int | None, Later("the Ray launcher uses it", ("k8s",))] = None
 
 
 class Device(Part):
@@ -255,7 +258,7 @@ class Fleet(Part):
     devices: dict[str, Device] = {}  # cards that the hardware catalogue lacks, or corrections
     traffic: Traffic | None = None  # for the planner
     expect: Expect | None = None  # for the planner
-    rayClusters: Annotated[tuple[RayCluster, ...], Later("the Ray launcher uses it")] = ()
+    rayClusters: Annotated[tuple[RayCluster, ...], Later("the Ray launcher uses it", ("k8s",))] = ()
 
     def model(self, id: str) -> Model:
         return next(model for model in self.models if model.id == id)

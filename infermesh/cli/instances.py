@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -31,7 +33,7 @@ def command(
         infermesh instances --json | jq -r '.[] | select(.state != "healthy") | .id'
     """
     with connect.client(gateway, api_key_file, timeout) as mesh:
-        rows = [document(instance) for instance in mesh.instances(kind=kind)]
+        rows = [document(instance, time.time()) for instance in mesh.instances(kind=kind)]
     started = _started_here(gateway)
     for row in rows:
         row["pid"] = started.get(row["address"])
@@ -46,8 +48,8 @@ def command(
             print(f"{row['id']}: {row['state']} for {row['since_s']:.0f} s: {row['why']}")
 
 
-def document(instance: Instance) -> dict[str, Any]:
-    """One instance for `--json`. Numbers that nobody told are null."""
+def document(instance: Instance, now: float) -> dict[str, Any]:
+    """One instance for `--json` at `now` (Unix seconds). Numbers that nobody told are null."""
     meta, load = instance.metadata, instance.load
     speed: dict[str, Any] = {key: float(meta[key]) for key in SPEED if key in meta}
     if speed:
@@ -74,7 +76,30 @@ def document(instance: Instance) -> dict[str, Any]:
         "why": instance.why,
         "since_s": round(instance.since_s, 1),
         "rejected_reason": instance.rejected_reason,
+        "conditions": conditions(instance, now),
     }
+
+
+def conditions(instance: Instance, now: float) -> list[dict[str, str]]:
+    """Its state as Kubernetes tells states. `now`: Unix seconds; without `since_s` no transition time."""
+    accepted = not instance.rejected_reason
+    known = instance.state not in ("", "suspect")
+    since = ""
+    if instance.since_s:
+        moment = datetime.fromtimestamp(now - instance.since_s, UTC)
+        since = moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+    ready = "True" if instance.state == "healthy" else "False" if known else "Unknown"
+    state = instance.state.title().replace("_", "") or "Unknown"
+    why = instance.rejected_reason or instance.why
+    told = [
+        ("Accepted", str(accepted), "Registered" if accepted else "Rejected", instance.rejected_reason),
+        ("Ready", ready, state, why),
+        ("Draining", str(instance.state == "draining"), state, ""),
+    ]
+    return [
+        {"type": type, "status": status, "reason": reason, "message": message, "lastTransitionTime": since}
+        for type, status, reason, message in told
+    ]
 
 
 def _started_here(gateway: str) -> dict[str, int]:

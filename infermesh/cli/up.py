@@ -62,6 +62,7 @@ def command(
     notes: tuple[str, ...] = ()
     if fleet:
         plan = _from_file(fleet)
+        notes = _for_containers(plan)
     elif adopt:
         plan = _adopted(adopt, adopt_key_file)
     else:
@@ -106,6 +107,14 @@ def _from_file(path: Path) -> Fleet:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"--fleet {path}: {getattr(error, 'strerror', None) or error}", BAD_USAGE) from None
     return parse_fleet(text, str(path))
+
+
+def _for_containers(plan: Fleet) -> tuple[str, ...]:
+    keys = ("resources", "storage", "image", "labels")
+    used = [key for key in keys if any(getattr(instance, key) for instance in plan.instances)]
+    return (f"{', '.join(used)}: for containers (`infermesh render`); these processes take what the host has",) * bool(
+        used
+    )
 
 
 def _adopted(urls: str, key_file: str) -> Fleet:

@@ -232,7 +232,7 @@ def test_what_waits_for_a_feature_is_refused_by_name() -> None:
     paths = [fault.path for fault in unserved(parse_fleet(path.read_text()))]
     assert paths == [
         *("models[0].lora", "nodes[0].address"),
-        *(f"instances[0].{key}" for key in ("telemetry", "min", "max", "resources", "storage", "image", "labels")),
+        *(f"instances[0].{key}" for key in ("telemetry", "min", "max")),
         *("instances[0].ray_cluster", "gateway.workers", "rayClusters"),
     ]
 

@@ -1,0 +1,27 @@
+"""The dashboard and the autoscalers ask for what the gateway exports, under its own names."""
+
+from __future__ import annotations
+
+import re
+
+from deploy.render.dashboard import TARGET, dashboard_text
+from deploy.render.k8s import METRIC
+from services.gateway.loop import HoldMeter
+from services.gateway.observe import Observe
+
+
+def exported() -> set[str]:
+    observe = Observe()
+    observe.watch_loop(HoldMeter())
+    kinds = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
+    return {f"{one.name}{end}" for one in observe.registry.collect() for end in kinds[one.type]}
+
+
+def test_every_metric_of_the_dashboard_is_exported() -> None:
+    asked = set(re.findall(r"infermesh_gateway_\w+", dashboard_text()))
+    assert len(asked) > 12 and asked <= exported()
+    assert METRIC in exported()
+
+
+def test_the_committed_dashboard_is_fresh() -> None:
+    assert TARGET.read_text() == dashboard_text(), "run python -m deploy.render.dashboard"
