@@ -76,7 +76,7 @@ def render_k8s(fleet: Fleet, site: Site, *, autoscaler: str = "hpa", name: str =
         {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization", "resources": sorted(files)}
     ]
     texts = {path: _text(objects) for path, objects in files.items()}
-    return Rendered(texts, tuple([*container_remarks(fleet), *_remarks(fleet, classes, autoscaler)]))
+    return Rendered(texts, tuple([*container_remarks(fleet), *_remarks(fleet, classes, autoscaler, site)]))
 
 
 def classes_of(fleet: Fleet, site: Site) -> list[Class]:
@@ -230,7 +230,14 @@ _LABEL_KEY = re.compile(r"([a-z0-9]([a-z0-9.-]*[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0
 _LABEL_VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?)?")
 
 
-def _remarks(fleet: Fleet, classes: list[Class], autoscaler: str) -> Iterator[str]:
+def _remarks(fleet: Fleet, classes: list[Class], autoscaler: str, site: Site) -> Iterator[str]:
+    for node in fleet.nodes:
+        asked = sum(gpus_of(fleet, item, site.catalogue) for item in fleet.instances if item.node == node.name)
+        if node.count and asked > node.count:
+            yield (
+                f"{node.name}: has {node.count} cards and its instances ask for {asked}: Kubernetes gives whole GPUs, "
+                "so instances that share a card need time slicing or MIG of the device plugin, or more cards"
+            )
     if not fleet.gateway.insecure:
         names = sorted({secret for one in classes for secret in secrets_of(fleet, one.instances[0])})
         given = " ".join(f"--from-file={name}" for name in names)

@@ -27,6 +27,7 @@ VERBS: dict[str, str] = {
     "top": "Watch the fleet, live.",
     "explain": "Show where a request would go, and why.",
     "plan": "Plan what runs on which card, and check it in virtual time.",
+    "import": "Read another server's configuration and write a fleet file.",
     "render": "Write files that start a fleet with Docker Compose or on Kubernetes.",
     "sim": "Try routing policies and fleets on a trace, in virtual time.",
     "record": "Write a trace of live traffic, without prompts, for sim.",

@@ -108,3 +108,9 @@ def test_what_cannot_be_in_a_pod_is_told_at_once() -> None:
     assert {fault.path for fault in caught.value.faults} == {
         *("instances[1].url", "models[0].source", "instances[0].ray_cluster", "instances[0].labels.a b"),
     }
+
+
+def test_cards_that_instances_share_are_remarked() -> None:
+    told = render_k8s(example("containers.yaml"), SITE).remarks
+    assert any(line.startswith("gpu-1: has 2 cards and its instances ask for 3") for line in told)
+    assert not any("ask for" in line for line in render_k8s(example("mixed-72b.yaml"), SITE).remarks)
