@@ -54,6 +54,8 @@ OPTIONS: dict[str, Any] = {
     "insecure": Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")],
     "grace_s": Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")],
     "ready_file": Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")],
+    "otlp": Annotated[str | None, typer.Option(help="OTLP/gRPC endpoint for spans; none unless told.")],
+    "otlp_ratio": Annotated[float | None, typer.Option(help="Share of the traces that begin here, 0 .. 1.")],
     "log_level": Annotated[str | None, typer.Option(help="debug, info, warning or error.")],
 }
 

@@ -61,6 +61,9 @@ def command(
         Path | None, typer.Option(help="Keeps bans over a restart; .infermesh/bans/ID.json unless told.")
     ] = None,
     otlp: Annotated[str | None, typer.Option(help="OTLP/gRPC endpoint for spans; none unless told.")] = None,
+    otlp_ratio: Annotated[
+        float | None, typer.Option(help="Share of the traces beginning here that are kept, 0 .. 1.")
+    ] = None,
     channelz: Annotated[bool | None, typer.Option("--channelz", help="Serve channelz.")] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,

@@ -61,6 +61,8 @@ def command(
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,
     log_level: Annotated[str | None, typer.Option(help="debug, info, warning or error.")] = None,
+    otlp: Annotated[str | None, typer.Option(help="OTLP/gRPC endpoint for spans; none unless told.")] = None,
+    otlp_ratio: Annotated[float | None, typer.Option(help="Share of the traces that begin here, 0 .. 1.")] = None,
     tp: Annotated[int | None, typer.Option(help="vllm: tensor parallel size; unless told all visible GPUs.")] = None,
     pp: Annotated[int | None, typer.Option(help="vllm: pipeline parallel size.")] = None,
     vram_ratio: Annotated[float | None, typer.Option(help="vllm: share of each card's memory.")] = None,

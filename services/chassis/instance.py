@@ -28,6 +28,7 @@ from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
 from registry.presence import Departure, present
 from services.chassis.arrivals import Arrivals
+from services.chassis.call_spans import CallSpans
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import Identity
 from services.chassis.keys import Keys, load_keys
@@ -98,7 +99,9 @@ async def _live(
 ) -> int:
     settings, identity = context.settings, context.identity
     endpoint = settings.draft(identity.instance_id, *address, identity.incarnation)
-    server = Server(program.service_names, max_streams=2 * (settings.max_running or 1024) + 64)
+    spans = CallSpans(settings.otlp, settings.otlp_ratio) if settings.otlp else None
+    streams = 2 * (settings.max_running or 1024) + 64
+    server = Server(program.service_names, max_streams=streams, inner=(spans,) if spans is not None else ())
     worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask, program.held, stop.undo)
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
@@ -128,6 +131,8 @@ async def _live(
             loading.result(), port=address[1] or bound, pid=os.getpid(), version=infermesh.__version__
         )
         context.arrivals.room.fit(endpoint, program.load)
+        if spans is not None:
+            spans.serve(endpoint)
         gc.collect()
         gc.freeze()  # what is loaded stays; a full collection would walk it again and again, with the loop held
         registries = [] if registry is None else [registry]
@@ -143,6 +148,8 @@ async def _live(
         died.cancel()
         worker.announce_goodbye("stopped")
         await server.stop(0.2)
+        if spans is not None:
+            await spans.close()
 
 
 def _grace_s(settings: InstanceSettings, stop: Stop) -> float:

@@ -84,11 +84,19 @@ _REFUSALS = {
 
 
 class Server:
-    """A grpc.aio server with health, reflection and a gate; the process's own servicers are added to `grpc`."""
+    """A grpc.aio server with health, reflection and a gate; the process's own servicers are added to `grpc`. `inner`:
+    interceptors behind the gate."""
 
-    def __init__(self, guarded: Sequence[str], *, max_streams: int | None = None, debug: bool = False) -> None:
+    def __init__(
+        self,
+        guarded: Sequence[str],
+        *,
+        max_streams: int | None = None,
+        debug: bool = False,
+        inner: Sequence[grpc.aio.ServerInterceptor] = (),
+    ) -> None:
         self.gate = Gate(guarded)
-        self.grpc = grpc.aio.server(interceptors=(self.gate,), options=server_options(max_streams=max_streams))
+        self.grpc = grpc.aio.server(interceptors=(self.gate, *inner), options=server_options(max_streams=max_streams))
         self._health = health.aio.HealthServicer()
         self._names = (*guarded, "")
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self.grpc)

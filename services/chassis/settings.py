@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.chassis.registering import RegistrySettings
+from services.chassis.telemetry import target_of
 
 
 class SpeedSettings(BaseModel):
@@ -48,6 +49,8 @@ class InstanceSettings(RegistrySettings):
     speed_source: Literal["declared", "catalogue"] = "declared"  # whose numbers `speed` holds
     grace_s: float = Field(default=30.0, ge=0, le=3600)
     ready_file: Path | None = None
+    otlp: str = ""  # OTLP/gRPC endpoint; empty: no spans
+    otlp_ratio: float = Field(default=1.0, ge=0, le=1)  # of the traces that begin here, with direct callers
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
@@ -56,6 +59,11 @@ class InstanceSettings(RegistrySettings):
         host, _ = split_address(self.listen)
         if fault := bind_fault(host, keys=self.keys is not None, insecure=self.insecure):
             faults.append(f"listen: {fault}")
+        if self.otlp:
+            try:
+                target_of(self.otlp)
+            except ValueError as error:
+                faults.append(f"otlp: {error}")
         if self.advertise and not split_address(self.advertise)[1]:
             faults.append("advertise: needs a port, HOST:PORT")
         if self.context and not 0 <= self.context[0] < self.context[1]:

@@ -149,7 +149,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     salt = _secret(settings.salt_file, "salt_file") or key or "infermesh"
     registry = connect_registry(settings)
     routing = settings.routing
-    tracing = Tracing(settings.otlp, gateway_id) if settings.otlp else None
+    tracing = Tracing(settings.otlp, gateway_id, settings.otlp_ratio) if settings.otlp else None
     observe = Observe(tracing, ttft_s=routing.ttft_s, tpot_ms=routing.tpot_ms)
     clock = asyncio.get_running_loop().time
     queue = settings.queue
@@ -296,7 +296,7 @@ async def _leave(gateway: Gateway, gateway_id: str, tasks: list[asyncio.Task[Non
         await gateway.registry.close()
     if gateway.decisions is not None:
         await gateway.decisions.close()
-    gateway.observe.close()
+    await gateway.observe.close()
 
 
 def _secret(path: Path | None, key: str) -> str:

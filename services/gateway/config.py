@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from services.chassis.registering import RegistrySettings
 from services.chassis.settings import bind_fault, faults, split_address
+from services.chassis.telemetry import target_of
 from services.gateway.routing.policy import Policy
 
 DEFAULT_PAST = Path(".infermesh/explain")
@@ -107,6 +108,7 @@ class GatewaySettings(RegistrySettings):
     bans_file: Path | None = None  # keeps the operator's bans over a restart; None: DEFAULT_BANS
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     otlp: str = ""  # OTLP/gRPC endpoint; empty: no spans
+    otlp_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0  # of the traces that begin here
     grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     channelz: bool = False
     ready_file: Path | None = None
@@ -117,6 +119,13 @@ class GatewaySettings(RegistrySettings):
         if value == "" and info.field_name == "http":
             return value
         split_address(value)
+        return value
+
+    @field_validator("otlp")
+    @classmethod
+    def _collector(cls, value: str) -> str:
+        if value:
+            target_of(value)
         return value
 
     @field_validator("advertise")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import structlog
@@ -13,7 +13,7 @@ from infermesh.errors import MeshError, Reason
 from services.gateway.loop import WINDOW_S, HoldMeter
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
-from services.gateway.tracing import Spans, Tracing
+from services.gateway.tracing import Root, Spans, Tracing
 
 OK = "ok"
 _TTFT = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32, 64)
@@ -54,6 +54,7 @@ class Report:
     tried: tuple[Tried, ...] = ()
     facts: Facts | None = None
     resumes: int = 0
+    trace_id: str = ""
 
 
 class Observe:
@@ -98,6 +99,11 @@ class Observe:
         )
         self._ejections = Counter(f"{name}_ejections", "Instances taken out.", ("instance", "cause"), registry=of)
         self._abandoned = Counter(f"{name}_abandoned", "Calls cut to move.", ("instance",), registry=of)
+        self._dropped = Counter(
+            f"{name}_spans_dropped", "Spans that no collector took: it is away, slow, or refuses them.", registry=of
+        )
+        if tracing is not None:
+            tracing.export.on_drop = self._dropped.inc
         self.in_flight = Gauge(f"{name}_in_flight", "Requests being served, waiting ones among them.", registry=of)
         self.waiting = Gauge(f"{name}_waiting", "Requests that wait for room.", registry=of)
         self._series: dict[tuple[str, ...], tuple[Counter, Histogram, Histogram]] = {}
@@ -105,8 +111,12 @@ class Observe:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def trace(self, method: str, trace: object) -> Spans | None:
-        return None if self._tracing is None else self._tracing.request(method, trace)
+    def trace(self, method: str, request_id: str, trace: Mapping[str, str]) -> Spans | None:
+        return None if self._tracing is None else self._tracing.request(method, request_id, trace)
+
+    def root(self, name: str, request_id: str, trace: Mapping[str, str]) -> Root | None:
+        """The span above the requests of one call."""
+        return None if self._tracing is None else self._tracing.root(name, request_id, trace)
 
     def finished(self, report: Report, error: BaseException | None = None) -> None:
         """Counts and logs the end of a request."""
@@ -137,6 +147,8 @@ class Observe:
         }
         if report.record is not None and report.record.waited_s >= 0.001:
             fields["waited_ms"] = round(report.record.waited_s * 1000, 1)
+        if report.trace_id:
+            fields["trace_id"] = report.trace_id
         if report.resumes:
             fields["resumes"] = report.resumes
         if isinstance(error, MeshError):
@@ -213,6 +225,6 @@ class Observe:
         ):
             Gauge(f"infermesh_gateway_loop_{name}_seconds", text, registry=self.registry).set_function(read)
 
-    def close(self) -> None:
+    async def close(self) -> None:
         if self._tracing is not None:
-            self._tracing.close()
+            await self._tracing.close()

@@ -179,5 +179,8 @@ class ScriptedWatcher:
     def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None:
         self.refusals.append((method, error))
 
+    def root(self, name: str, request_id: str, trace: object) -> None:
+        return None
+
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         return b"infermesh_up 1\n", "text/plain; version=0.0.4"

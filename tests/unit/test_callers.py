@@ -33,6 +33,9 @@ class Watcher:
     def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None:
         self.seen.append((front, method, error.reason, request_id))
 
+    def root(self, name: str, request_id: str, trace: object) -> None:
+        return None
+
 
 @pytest.mark.parametrize(
     ("parent", "state", "travels"),

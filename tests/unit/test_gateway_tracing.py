@@ -1,36 +1,43 @@
-"""Spans reach a collector over OTLP, carry the trace on to the instance, and never the prompt."""
+"""Spans reach a collector over OTLP, say who really answered, carry the trace on, and never the prompt."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any
 
-import grpc
-import grpc.aio
 import pytest
 
 from infermesh.errors import MeshError, Reason
 from infermesh.v1 import language_model_pb2 as lm
+from services.chassis import telemetry
 from services.chassis.rpc import abort
 from services.gateway.observe import Observe
 from services.gateway.tracing import Tracing
 from services.gateway.upstream.calls import Call, Method
+from tests.kit.collector import collector
 from tests.kit.fake_instance import FakeInstance, fake_instance, three_words
-from tests.kit.upstream import upstream
+from tests.kit.mesh import until
+from tests.kit.upstream import REQUEST_ID, Upstream, request, silent, upstream
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def traced(up: Upstream, endpoint: str, ratio: float = 1.0) -> Tracing:
+    tracing = Tracing(endpoint, "gw", ratio)
+    up.forwarder.observe = Observe(tracing)
+    return tracing
+
+
+def dropped(up: Upstream) -> float:
+    text = up.forwarder.observe.exposition()[0].decode()
+    line = next(line for line in text.splitlines() if line.startswith("infermesh_gateway_spans_dropped_total"))
+    return float(line.split()[-1])
+
+
 async def test_route_and_attempt_spans() -> None:
-    from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as otlp
-
-    got: list[Any] = []
     seen: list[str] = []
-
-    async def export(request: Any, context: Any) -> Any:
-        got.extend(s for r in request.resource_spans for x in r.scope_spans for s in x.spans)
-        return otlp.ExportTraceServiceResponse()
 
     async def fails(self: FakeInstance, request: Any, context: Any) -> None:
         seen.append(dict(context.invocation_metadata())["traceparent"])
@@ -40,43 +47,139 @@ async def test_route_and_attempt_spans() -> None:
         seen.append(dict(context.invocation_metadata())["traceparent"])
         await three_words(self, request, context)
 
-    collector = grpc.aio.server()
-    handler = grpc.unary_unary_rpc_method_handler(
-        export, otlp.ExportTraceServiceRequest.FromString, otlp.ExportTraceServiceResponse.SerializeToString
-    )
-    service = "opentelemetry.proto.collector.trace.v1.TraceService"
-    collector.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(service, {"Export": handler}),))
-    port = collector.add_insecure_port("127.0.0.1:0")
-    await collector.start()
-    tracing = Tracing(f"http://127.0.0.1:{port}", "gw")
-    async with fake_instance("a", fails) as a, fake_instance("b", works) as b, upstream(a, b) as up:
-        up.forwarder.observe = Observe(tracing)
+    async with (
+        collector() as sink,
+        fake_instance("a", fails) as a,
+        fake_instance("b", works) as b,
+        upstream(a, b) as up,
+    ):
+        tracing = traced(up, sink.address)
         up.forwarder.draw.seed(1)
         call = Call("id-1", trace={"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"})
         message = lm.Message(role=lm.ROLE_USER, content="canary-prompt")
         attempts = 0
         while attempts < 2:  # until the failing one came first
-            request = lm.ChatRequest(model="m", messages=[message])
-            async with up.forwarder.open(Method.CHAT, request, call) as reply:
+            async with up.forwarder.open(Method.CHAT, lm.ChatRequest(model="m", messages=[message]), call) as reply:
                 async for _ in reply:
                     pass
             attempts = reply.identity.attempts
-    await asyncio.to_thread(tracing.close)
-    await collector.stop(0)
-    spans = [span for span in got if span.trace_id.hex() == TRACE]
-    assert len(spans) == len(got)
-    route = [span for span in spans if span.name == "route"][-1]
-    tries = [span for span in spans if span.name == "attempt" and span.parent_span_id == route.span_id]
-    assert route.parent_span_id.hex() == "b7ad6b7169203331" and len(tries) == 2
+        await tracing.close()
+    assert {span.trace for span in sink.spans} == {TRACE}
+    route = sink.named("route")[-1]
+    tries = [span for span in sink.named("attempt") if span.parent == route.id]
+    assert route.parent == "b7ad6b7169203331" and route.process["service.instance.id"] == "gw"
+    assert [span.attributes["infermesh.instance.id"] for span in tries] == ["a", "b"]
+    assert [span.attributes["infermesh.identity.verified_by"] for span in tries] == ["link", "answer"]
+    assert tries[0].attributes["error.type"] == "engine_failed" and tries[0].failed and not route.failed
+    shown = route.attributes
+    assert shown["gen_ai.operation.name"] == "chat" and shown["infermesh.request.id"] == "id-1"
+    assert (shown["infermesh.model.id"], shown["infermesh.instance.id"]) == ("m", "b")
+    assert shown["infermesh.identity.verified"] is True
+    assert (shown["gen_ai.usage.input_tokens"], shown["gen_ai.usage.output_tokens"]) == (5, 3)
+    assert shown["infermesh.route.candidates"] == ["a", "b"] and shown["infermesh.route.chosen"] == "a"
+    terms = [shown[f"infermesh.route.{term}_s"] for term in ("wait", "line", "room", "prefill", "reserve", "decode")]
+    weights = shown["infermesh.route.weights"]
+    for index, cost in enumerate(shown["infermesh.route.costs_s"]):
+        assert cost == pytest.approx(sum(term[index] for term in terms) / weights[index])
+    (decision,) = [said for name, said in route.events if name == "decision"]
+    assert decision["infermesh.route.chosen"] == "b" and decision["infermesh.route.rejected"]
+    assert [header.split("-")[2] for header in seen[-2:]] == [span.id for span in tries]
+    assert "canary-prompt" not in str(sink.raw)
 
-    def attributes(span: Any) -> dict[str, Any]:
-        return {item.key: item.value for item in span.attributes}
 
-    assert [attributes(span)["infermesh.instance.id"].string_value for span in tries] == ["a", "b"]
-    assert attributes(tries[0])["error.type"].string_value == "engine_failed"
-    shown = attributes(route)
-    assert shown["gen_ai.operation.name"].string_value == "chat"
-    assert shown["infermesh.model.id"].string_value == "m" and shown["infermesh.instance.id"].string_value == "b"
-    assert (shown["gen_ai.usage.input_tokens"].int_value, shown["gen_ai.usage.output_tokens"].int_value) == (5, 3)
-    assert [header.split("-")[2] for header in seen[-2:]] == [span.span_id.hex() for span in tries]
-    assert "canary-prompt" not in str(got)
+async def test_one_that_answers_as_another_is_caught_and_taken_out() -> None:
+    async with (
+        collector() as sink,
+        fake_instance("a", answers_as="evil") as a,
+        fake_instance("b") as b,
+        upstream(a, b) as up,
+    ):
+        tracing = traced(up, sink.address)
+        while not a.requests:
+            assert (await up.chat())[1].instance_id == "b"
+        assert up.state("a") == "ejected"
+        instance = up.carrier.router.fleet.instances["a"]
+        assert "another instance" in instance.voices.reason()
+        asked = len(a.requests)
+        for _ in range(10):
+            await up.chat()
+        assert len(a.requests) == asked, "it must get no more work"
+        await tracing.close()
+    caught = [span for span in sink.named("attempt") if span.attributes["infermesh.instance.id"] == "a"]
+    assert [span.attributes["infermesh.identity.verified"] for span in caught] == [False]
+    assert all(span.attributes["infermesh.identity.verified"] is True for span in sink.named("route"))
+
+
+async def test_a_lone_liar_is_taken_out_too() -> None:
+    async with fake_instance("a", answers_as="evil") as a, upstream(a) as up:
+        with pytest.raises(MeshError):
+            await up.chat()
+        assert up.state("a") == "ejected"
+
+
+async def test_cancelled_and_refused_requests_close_their_spans() -> None:
+    async with collector() as sink, fake_instance("a", silent) as a, upstream(a) as up:
+        tracing = traced(up, sink.address)
+        task = asyncio.create_task(up.chat())
+        await until(lambda: a.requests, 5)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        with pytest.raises(MeshError):
+            async with up.forwarder.open(Method.CHAT, lm.ChatRequest(model="nope"), Call(REQUEST_ID)):
+                pass
+        nobody = request()
+        nobody.model = "nope"
+        with pytest.raises(MeshError):
+            async with up.forwarder.open(Method.CHAT, nobody, Call(REQUEST_ID)):
+                pass
+        await tracing.close()
+    cancelled, invalid, unknown = sink.named("route")
+    assert cancelled.attributes["error.type"] == "cancelled" and cancelled.attributes["infermesh.instance.id"] == "a"
+    assert cancelled.attributes["infermesh.identity.verified"] is True, "by the Link's hello: no answer came"
+    assert [span.attributes["error.type"] for span in sink.named("attempt")] == ["cancelled"]
+    assert invalid.attributes["error.type"] == "invalid_argument"
+    assert unknown.attributes["error.type"] == "model_not_found" and unknown.failed
+
+
+async def test_a_caller_decides_and_the_ratio_where_nobody_has() -> None:
+    async with collector() as sink, fake_instance("a") as a, upstream(a) as up:
+        tracing = traced(up, sink.address, ratio=0.0)
+        for flag in ("00", "01"):
+            call = Call(flag, trace={"traceparent": f"00-{TRACE}-b7ad6b7169203331-{flag}"})
+            async with up.forwarder.open(Method.CHAT, request(), call) as reply:
+                async for _ in reply:
+                    pass
+        for _ in range(20):
+            await up.chat()
+        await tracing.close()
+    assert [span.attributes["infermesh.request.id"] for span in sink.named("route")] == ["01"]
+
+
+async def test_a_collector_that_hangs_costs_nobody_time_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telemetry, "QUEUE", 64)
+    monkeypatch.setattr(telemetry, "BATCH", 16)
+    async with collector(hangs=True) as sink, fake_instance("a") as a, upstream(a) as up:
+
+        async def took(requests: int) -> float:
+            begun = time.perf_counter()
+            for _ in range(requests):
+                await up.chat()
+            return time.perf_counter() - begun
+
+        off = up.forwarder.observe
+        tracing = traced(up, sink.address)
+        on = up.forwarder.observe
+        await took(60)
+        await until(lambda: sink.calls, 5)
+        ratios = []
+        for _ in range(5):
+            up.forwarder.observe = off
+            plain = await took(20)
+            up.forwarder.observe = on
+            ratios.append(await took(20) / plain)
+        assert sorted(ratios)[2] < 3, f"{ratios}: spans themselves cost a little, waiting would cost seconds"
+        export = tracing.export
+        assert len(export._queue) <= 64 and export.dropped >= 2 * 160 - 64 - 16 and dropped(up) == export.dropped
+        begun = time.perf_counter()
+        await tracing.close()
+        assert time.perf_counter() - begun < 10 and not export._queue

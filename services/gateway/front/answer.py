@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
@@ -47,11 +46,12 @@ class Answer:
         try:
             call = self._door.call("answer", context)
             message = parse(rt.AnswerRequest, request)
-            async with aclosing(answer(message, call, self._door.forward, self._directory)) as events:
-                async for reply, event in events:
-                    if event.HasField("chat") and event.chat.HasField("started"):
-                        await context.send_initial_metadata(identity(reply, call))
-                    await context.write(event.SerializeToString())
+            with self._door.rooted("answer", call) as call:
+                async with aclosing(answer(message, call, self._door.forward, self._directory)) as events:
+                    async for reply, event in events:
+                        if event.HasField("chat") and event.chat.HasField("started"):
+                            await context.send_initial_metadata(identity(reply, call))
+                        await context.write(event.SerializeToString())
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:
@@ -70,7 +70,7 @@ async def answer(
     chat_model = _model(request, "llm", call, directory)
     if not chat_model:
         raise MeshError(Reason.MODEL_NOT_FOUND, "this mesh serves no language model", param="chat_model")
-    retrieval = _Retrieval(request, _one_trace(call), forward, directory)
+    retrieval = _Retrieval(request, call, forward, directory)
     chosen = await retrieval.chosen(asked)
     shown = passages.shown(asked.pinned, chosen)
     chat = lm.ChatRequest(model=chat_model, messages=passages.conversation(request, shown))
@@ -212,13 +212,6 @@ def _model(request: rt.AnswerRequest, kind: str, call: Call, directory: Director
     if len(served) > 1:
         raise invalid(name, f"several are served, name one of {', '.join(served)}")
     return served[0] if served else ""
-
-
-def _one_trace(call: Call) -> Call:
-    """A caller without a trace gets one, so that all stages are of the same."""
-    if call.trace:
-        return call
-    return replace(call, trace={"traceparent": f"00-{secrets.token_hex(16)}-{secrets.token_hex(8)}-01"})
 
 
 async def _together(jobs: Sequence[Any]) -> list[Any]:

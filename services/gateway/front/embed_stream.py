@@ -25,7 +25,8 @@ class EmbedStream:
     async def __call__(self, requests: Any, context: Context) -> None:
         tasks: set[asyncio.Task[Any]] = set()
         try:
-            await self._run(self._door.call("embed_stream", context), context, tasks)
+            with self._door.rooted("embed_stream", self._door.call("embed_stream", context)) as call:
+                await self._run(call, context, tasks)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise
         except Exception as error:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import grpc
@@ -24,6 +26,7 @@ from services.chassis.keys import Keys
 from services.chassis.rpc import Context, abort, as_mesh_error
 from services.gateway.front.callers import caller, request_id, trace_context
 from services.gateway.upstream.calls import Call, Forward, Identity, Method, Reply, Watcher
+from services.gateway.upstream.failures import word
 
 LANGUAGE_MODEL = "infermesh.v1.LanguageModelService"
 EMBEDDING = "infermesh.v1.EmbeddingService"
@@ -58,6 +61,20 @@ class Door:
         who = caller(self._keys, given.get("authorization"))
         trace = trace_context(given.get("traceparent"), given.get("tracestate"))
         return Call(request_id(given.get(REQUEST_KEY)), who, deadline, trace)
+
+    @contextmanager
+    def rooted(self, name: str, call: Call) -> Iterator[Call]:
+        """The call with a span of its own above those of the requests that serve it, where spans are kept."""
+        root = self._watcher.root(name, call.request_id, call.trace)
+        if root is None:
+            yield call
+            return
+        try:
+            yield replace(call, trace=root.headers())
+        except BaseException as error:
+            root.ended(word(error), failed=True)
+            raise
+        root.ended(word(None), failed=False)
 
     def read(self, method: Method, request: bytes, context: Context) -> tuple[Any, Call]:
         """The message and its circumstances; bytes that are no message are counted here too."""

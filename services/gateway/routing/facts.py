@@ -114,7 +114,8 @@ class End(Enum):
     REFUSED = "refused"  # the instance would not begin: full, draining, out of range, or the caller's own error
     CANCELLED = "cancelled"  # by the caller or its deadline
     FAILED = "failed"  # the instance's own error
-    LOST = "lost"  # the connection broke, or somebody else answered
+    LOST = "lost"  # the connection broke
+    MISTAKEN = "mistaken"  # who answered is not who was asked, or serves another model
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,8 @@ TABLE: dict[tuple[Standing, Signal], Standing] = {
 class Cause(Enum):
     """Why an instance takes no more work: the label of the metric."""
 
-    LOST = "lost"  # its Link broke, or somebody else answers
+    LOST = "lost"  # its Link broke
+    IDENTITY = "identity"  # it answers as another instance, or with another model
     SILENT = "silent"  # its health does not answer in time
     NO_PROGRESS = "no_progress"  # work in flight, and nothing moves
     FAILURES = "failures"

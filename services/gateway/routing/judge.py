@@ -64,12 +64,12 @@ def doubt(desk: Desk, instance: Instance, cause: Cause, why: str, now: float) ->
     return [*update(desk, instance, cause, why, now), Probe(instance.id)]
 
 
-def convict(desk: Desk, instance: Instance, cause: Cause, why: str, now: float) -> list[Effect]:
-    """It is taken out, if its pool can spare it; else it stays suspect."""
+def convict(desk: Desk, instance: Instance, cause: Cause, why: str, now: float, *, sure: bool = False) -> list[Effect]:
+    """It is taken out, if its pool can spare it; else it stays suspect. `sure`: it is of no use to any pool."""
     voices = instance.voices
     if voices.standing is Standing.OUT:
         return []
-    if not panic.may_eject(desk.fleet, instance):
+    if not sure and not panic.may_eject(desk.fleet, instance):
         if voices.standing is Standing.TRIAL:
             voices.standing = Standing.SOUND
         effects = doubt(desk, instance, cause, why, now)
@@ -132,6 +132,9 @@ def ended(desk: Desk, instance: Instance, lease: Lease, entry: Entry, outcome: O
         if voices.standing is Standing.DOUBTED and voices.cause is Cause.FAILURES:
             return cleared(desk, instance, now)
         return []
+    if outcome.end is End.MISTAKEN:
+        why = "it answers as another instance, or with another model"
+        return convict(desk, instance, Cause.IDENTITY, why, now, sure=True)
     if outcome.end not in (End.FAILED, End.LOST) or voices.link is Link.DOWN:
         return []
     instance.tally.failed(entry.at, now)

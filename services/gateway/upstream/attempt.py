@@ -8,9 +8,9 @@ import grpc.aio
 
 from infermesh.errors import MeshError, Reason
 from registry.endpoint import Endpoint
-from services.chassis.identity import INSTANCE_KEY
+from services.chassis.identity import INSTANCE_KEY, MODEL_KEY
 from services.gateway.routing.decision import Lease
-from services.gateway.routing.facts import Outcome
+from services.gateway.routing.facts import End, Outcome
 from services.gateway.upstream.calls import Event, Method
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.failures import end
@@ -32,6 +32,7 @@ class Attempt:
         "tokens",
         "ttft_s",
         "usage",
+        "verified",
     )
 
     def __init__(
@@ -54,6 +55,7 @@ class Attempt:
         self.tokens = 0
         self.ttft_s = 0.0
         self.usage: Any = None
+        self.verified: bool | None = None  # whether who answered is who was asked; None: nobody has
 
     async def begin(self, request: bytes, timeout: float, metadata: tuple[tuple[str, str], ...]) -> Event:
         """Calls the instance and waits for the first event, or the whole answer of a unary method."""
@@ -92,7 +94,7 @@ class Attempt:
         self._carrier.detach(self.lease)
         usage = self.usage
         outcome = Outcome(
-            end(failure),
+            End.MISTAKEN if self.verified is False else end(failure),
             failure.reason if isinstance(failure, MeshError) else None,
             usage.prompt_tokens if usage is not None else 0,
             usage.completion_tokens if usage is not None else self.tokens,
@@ -104,11 +106,14 @@ class Attempt:
         self._carrier.release(self.lease, outcome)
 
     def _verify(self, initial: Any) -> None:
-        """It must be the instance that was picked."""
-        answered = (initial or {}).get(INSTANCE_KEY, "")
-        if answered != self.endpoint.id:
-            said = answered or "nobody"
-            message = f"{self.endpoint.address} answered as {said}, registered is {self.endpoint.id}"
+        """It must be the instance that was picked, with the model that it registered."""
+        told = dict(initial or ())
+        answered, model = told.get(INSTANCE_KEY, ""), told.get(MODEL_KEY, "")
+        endpoint = self.endpoint
+        self.verified = (answered, model) == (endpoint.id, endpoint.model)
+        if not self.verified:
+            said = f"{answered or 'nobody'} with {model or 'no model'}"
+            message = f"{endpoint.address} answered as {said}, registered is {endpoint.id} with {endpoint.model}"
             raise MeshError(Reason.INSTANCE_LOST, message)
 
     def _note(self, message: Any) -> None:

@@ -74,6 +74,11 @@ class Call:
     trace: Mapping[str, str] = field(default_factory=dict)  # traceparent, tracestate
     collected: bool = False
 
+    @property
+    def trace_id(self) -> str:
+        """Of the caller's trace; empty = it brought none."""
+        return self.trace.get("traceparent", "--").split("-")[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Identity:
@@ -174,11 +179,23 @@ class DirectoryView(Protocol):
         ...
 
 
+class Root(Protocol):
+    def headers(self) -> dict[str, str]:
+        """The trace context for what is below it."""
+        ...
+
+    def ended(self, outcome: str, failed: bool) -> None: ...
+
+
 class Watcher(Protocol):
     """What a front tells of requests that never reach the forwarder, and where /metrics comes from. The forwarder
     itself counts and logs every request that was opened."""
 
     def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None: ...
+
+    def root(self, name: str, request_id: str, trace: Mapping[str, str]) -> Root | None:
+        """The span above the requests of one call; None while spans are not kept."""
+        ...
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:
         """The metrics as Prometheus reads them, and their content type."""

@@ -19,6 +19,7 @@ from services.chassis.granting import Want
 from services.gateway.observe import Observe
 from services.gateway.routing.decision import Abandon, Close, Decline, Dispatch, Effect, Eject, Lease, Probe, Refuse
 from services.gateway.routing.facts import End, Outcome
+from services.gateway.routing.health import Link
 from services.gateway.routing.router import Router
 from services.gateway.upstream.channels import Channels
 from services.gateway.upstream.failures import we_were_cancelled
@@ -109,6 +110,11 @@ class Carrier:
         effects = self.router.release(lease, outcome, self.now())
         if effects:
             self.do(effects)
+
+    def greeted(self, lease: Lease) -> bool:
+        """Whether the Link to this life is up: its hello said the registered id."""
+        life = self.router.fleet.life(lease.instance_id, lease.incarnation)
+        return life is not None and life.voices.link is Link.UP
 
     def attach(self, lease: Lease, call: Any) -> None:
         """The grpc call of a lease, so that the router can have it cut; until `detach`."""

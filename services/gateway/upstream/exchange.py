@@ -63,7 +63,7 @@ class Exchange:
         self._reserved = 0
         self._retrying = False
         self._finished = False
-        self._spans = forwarder.observe.trace(method.name, call.trace)
+        self._spans = forwarder.observe.trace(method.name, call.request_id, call.trace)
         self.attempts = 0
         self.identity = Identity("", "")
 
@@ -201,11 +201,16 @@ class Exchange:
             if kept.under_way and not self._events:
                 self._begin_anew()
                 return await self._reserve(failure)
-            self._record = decision.record
+            self._decided(decision.record)
             self._tried.append(Tried(decision.record, decision.reason.value))
             raise refusal(decision, None if kept.under_way else failure)
-        self._record = decision.lease.record
+        self._decided(decision.lease.record)
         return decision.lease
+
+    def _decided(self, record: Record) -> None:
+        self._record = record
+        if self._spans is not None:
+            self._spans.decided(record)
 
     async def _try(self, lease: Lease) -> None:
         """Calls the instance and waits for the first event; for all of them where the caller wants the whole."""
@@ -271,7 +276,7 @@ class Exchange:
     def _metadata(self, lease: Lease, model: str) -> tuple[tuple[str, str], ...]:
         trace = self._context.trace
         if self._spans is not None:
-            trace = self._spans.attempt(lease, self.attempts, model)
+            trace = self._spans.attempt(lease, self.attempts, model, self._carrier.greeted(lease))
         return ((REQUEST_KEY, self._context.request_id), *self._carrier.metadata, *trace.items())
 
     def _after(self, lease: Lease, failure: MeshError, error: BaseException) -> None:
@@ -330,10 +335,11 @@ class Exchange:
     def _release(self, failure: BaseException | None) -> None:
         """Ends the attempt under way: its call, its lease, its span."""
         attempt, self._attempt = self._attempt, None
-        if self._spans is not None:
-            self._spans.attempt_ended(word(failure), failure is not None)
         if attempt is not None:
             attempt.end(failure)
+            if self._spans is not None:
+                told = (attempt.verified, attempt.ttft_s, attempt.tokens)
+                self._spans.attempt_ended(word(failure), failure is not None, *told)
 
     def _stop_retrying(self) -> None:
         if self._retrying:
@@ -378,7 +384,8 @@ class Exchange:
             tried=tuple(self._tried),
             facts=self._facts if self._record is not None else None,
             resumes=self._kept.resumes,
+            trace_id=self._context.trace_id if self._spans is None else self._spans.trace_id,
         )
         forwarder.observe.finished(report, error)
         if self._spans is not None:
-            self._spans.ended(outcome, error is not None, prompt, completion, report.served_model)
+            self._spans.ended(outcome, error is not None, prompt, completion, report.cached_tokens, report.served_model)
