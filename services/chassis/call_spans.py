@@ -23,7 +23,7 @@ from services.chassis.telemetry import Telemetry, instance_resource
 if TYPE_CHECKING:
     from opentelemetry.trace import Span, Tracer
 
-Handler = grpc.RpcMethodHandler
+Handler = Any  # a grpc.RpcMethodHandler, which is a named tuple; its stubs do not say so
 
 
 class CallSpans(grpc.aio.ServerInterceptor):

@@ -12,7 +12,7 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import grpc
 import grpc.aio
@@ -48,7 +48,7 @@ class Export:
             if secure
             else grpc.aio.insecure_channel(target, OPTIONS)
         )
-        self._call = self._channel.unary_unary(PATH)
+        self._call: Any = self._channel.unary_unary(PATH)
         self._queue: deque[ReadableSpan] = deque()
         self._due = asyncio.Event()
         self._failing = False

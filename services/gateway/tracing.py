@@ -127,7 +127,7 @@ class Spans:
         if span is None:
             return
         if verified is not None:
-            said = {names.VERIFIED: verified, names.VERIFIED_BY: "answer"}
+            said: dict[str, Any] = {names.VERIFIED: verified, names.VERIFIED_BY: "answer"}
             span.set_attributes(said)
             self._route.set_attributes(said)
         span.set_attribute(names.OUTPUT_TOKENS, tokens)
