@@ -69,7 +69,7 @@ class Stream:
         return self._answer.event(self._host.dice.choice((1, 1, 1, 2, 3)), 0)
 
     async def initial_metadata(self) -> dict[str, str]:
-        return {"x-infermesh-instance-id": self._endpoint.id}
+        return {"x-infermesh-instance-id": self._endpoint.id, "x-infermesh-model-id": self._endpoint.model}
 
     def done(self) -> bool:
         return self._over
