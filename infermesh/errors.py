@@ -17,6 +17,8 @@ from enum import StrEnum
 from grpc import RpcError, StatusCode
 
 REASON_KEY = "x-infermesh-reason"
+INSTANCE_KEY = "x-infermesh-instance-id"
+MODEL_KEY = "x-infermesh-model-id"
 PARAM_KEY = "x-infermesh-param"
 RETRY_AFTER_KEY = "retry-after-ms"
 
@@ -115,7 +117,8 @@ _FROM_STATUS: dict[StatusCode, Reason] = {
 class MeshError(Exception):
     """A request that was not answered, and why.
 
-    `param` is the path of the field at fault (`sampling.max_tokens`), `retry_after_s` when to come again.
+    `param` is the path of the field at fault (`sampling.max_tokens`), `retry_after_s` when to come again. `instance_id`
+    and `model_id` say who was asked last; empty = nobody, or the gateway does not tell.
     """
 
     def __init__(
@@ -126,6 +129,7 @@ class MeshError(Exception):
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.instance_id = self.model_id = ""
 
     def __repr__(self) -> str:
         at = f" at {self.param}" if self.param else ""
@@ -153,6 +157,7 @@ def to_trailers(error: MeshError) -> tuple[tuple[str, str], ...]:
         pairs.append((PARAM_KEY, _UNFIT.sub("?", error.param[:256])))
     if error.retry_after_s is not None:
         pairs.append((RETRY_AFTER_KEY, str(max(0, round(error.retry_after_s * 1000)))))
+    pairs += [(key, id) for key, id in ((INSTANCE_KEY, error.instance_id), (MODEL_KEY, error.model_id)) if id]
     return tuple(pairs)
 
 
@@ -164,12 +169,14 @@ def from_status(status: StatusCode, details: str, trailers: Iterable[tuple[str, 
     except (KeyError, ValueError):
         reason = _FROM_STATUS.get(status, Reason.INTERNAL)
     after = meta.get(RETRY_AFTER_KEY, "")
-    return MeshError(
+    error = MeshError(
         reason,
         details or reason.value,
         param=meta.get(PARAM_KEY),
         retry_after_s=int(after) / 1000 if after.isdigit() else None,
     )
+    error.instance_id, error.model_id = meta.get(INSTANCE_KEY, ""), meta.get(MODEL_KEY, "")
+    return error
 
 
 def from_rpc(error: RpcError) -> MeshError:

@@ -119,9 +119,11 @@ class Storage(Part):
 
 
 class Telemetry(Part):
+    """What callers are told of who answered. `enable: false` hides it; empty names are the instance's own."""
+
     enable: bool = True
-    instance_id: str = ""
-    model_id: str = ""
+    instance_id: Annotated[str, Field(pattern=r"^[\x21-\x2b\x2d-\x7e]{0,128}$")] = ""  # no space, no comma
+    model_id: Annotated[str, Field(pattern=r"^[\x21-\x2b\x2d-\x7e]{0,256}$")] = ""
 
 
 def _text(value: object) -> object:
@@ -160,9 +162,7 @@ class Instance(Part):
     backend: Literal["auto", "torch", "onnx", "openvino"] = "auto"  # embedding, rerank
     python: str = ""  # its interpreter; default: .venv-llm for vllm, else the one of `up`
     environment: dict[str, Text] = {}
-    telemetry: Annotated[Telemetry | None, Later("telemetry headers that can be switched come with observability")] = (
-        None
-    )
+    telemetry: Telemetry | None = None
     min: Annotated[Count | None, Later("processes do not scale yet; `render k8s` does", ("k8s",))] = None
     max: Annotated[Count | None, Later("processes do not scale yet; `render k8s` does", ("k8s",))] = None
     # Of its container or pod, for `infermesh render`; a process that `up` starts takes what its host has.
@@ -215,6 +215,8 @@ class Gateway(Part):
     keys: str = ""
     operator_key_file: str = ""
     insecure: bool = False
+    otlp: str = ""  # OTLP/gRPC endpoint for the spans of all processes, e.g. http://127.0.0.1:4317
+    otlp_ratio: Annotated[float, Field(ge=0, le=1)] = 1.0  # of the traces that begin here
     workers: Annotated[Count, Later("several gateway processes on one port are not there yet")] = 1
 
 

@@ -38,6 +38,8 @@ class Shared:
     insecure: bool = False
     grace_s: float = 10.0
     log_level: str = ""
+    otlp: str = ""
+    otlp_ratio: float = 1.0
     registry_options: Mapping[str, str] = field(default_factory=dict)  # of Consul: prefix, token and TLS files
 
 
@@ -115,6 +117,10 @@ def _routing(fleet: Fleet) -> Iterator[str]:
         yield from ("--alias", f"{name}={','.join(f'{item.model}:{item.weight!r}' for item in variants)}")
     for device, share in routing.split.items():
         yield from ("--split", f"{device}={share!r}")
+    for instance in fleet.instances:
+        if rule := instance.telemetry:
+            name = f"{rule.instance_id or instance.id},{rule.model_id}".rstrip(",")
+            yield from ("--telemetry", f"{instance.id}={name if rule.enable else 'off'}")
     for option, value in (("ttft-s", objective and objective.ttft_s), ("tpot-ms", objective and objective.tpot_ms)):
         if value:
             yield from (f"--objective-{option}", repr(value))
@@ -225,6 +231,8 @@ def _shared(shared: Shared) -> list[str]:
     argv = ["--registry", shared.registry, "--grace-s", f"{shared.grace_s:g}"]
     for name, value in shared.registry_options.items():
         argv += [f"--registry-{name}", value]
+    if shared.otlp:
+        argv += ["--otlp", shared.otlp, "--otlp-ratio", f"{shared.otlp_ratio:g}"]
     if shared.log_level:
         argv += ["--log-level", shared.log_level]
     if shared.keys:

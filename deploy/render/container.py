@@ -188,7 +188,9 @@ def _keys(fleet: Fleet) -> tuple[str, str]:
 
 
 def _shared(fleet: Fleet, site: Site) -> Shared:
-    shared = Shared(registry=site.registry, grace_s=site.grace_s, insecure=fleet.gateway.insecure)
+    gateway = fleet.gateway
+    spans = {"otlp": gateway.otlp, "otlp_ratio": gateway.otlp_ratio}
+    shared = Shared(registry=site.registry, grace_s=site.grace_s, insecure=gateway.insecure, **spans)
     if fleet.gateway.insecure:
         return shared
     keys, operator = _keys(fleet)

@@ -64,6 +64,10 @@ def command(
     otlp_ratio: Annotated[
         float | None, typer.Option(help="Share of the traces beginning here that are kept, 0 .. 1.")
     ] = None,
+    telemetry: Annotated[
+        list[str] | None,
+        typer.Option(help="ID=off hides an instance's ids from callers, ID=NAME[,MODEL] renames them; ID may be *."),
+    ] = None,
     channelz: Annotated[bool | None, typer.Option("--channelz", help="Serve channelz.")] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,
     ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,
@@ -93,6 +97,7 @@ def settings_of(given: dict[str, Any]) -> Any:
     limits = {name: values.pop(name) for name in LIMITS if name in values}
     queue = {theirs: values.pop(ours) for ours, theirs in QUEUE.items() if ours in values}
     weights = dict(map(_weight, values.pop("instance_weight", ())))
+    telemetry = dict(map(_telemetry, values.pop("telemetry", ())))
     routing: dict[str, Any] = {
         "fallbacks": dict(_pair("fallback", text) for text in values.pop("fallback", ())),
         "aliases": {
@@ -103,7 +108,7 @@ def settings_of(given: dict[str, Any]) -> Any:
         "tpot_ms": values.pop("objective_tpot_ms", None),
     }
     routing = {name: part for name, part in routing.items() if part not in (None, {})}
-    parts = {"limits": limits, "queue": queue, "weights": weights, "routing": routing}
+    parts = {"limits": limits, "queue": queue, "weights": weights, "routing": routing, "telemetry": telemetry}
     return gateway_settings(**values, **{name: part for name, part in parts.items() if part})
 
 
@@ -112,6 +117,14 @@ def _pair(option: str, text: str) -> tuple[str, str]:
     if not (name and equals and value):
         raise ValueError(f"{option}: {text!r} is not NAME=VALUE")
     return name, value
+
+
+def _telemetry(text: str) -> tuple[str, dict[str, Any]]:
+    id, shown = _pair("telemetry", text)
+    if shown == "off":
+        return id, {"enable": False}
+    instance_id, _, model_id = shown.partition(",")
+    return id, {"instance_id": instance_id, "model_id": model_id}
 
 
 def _variants(text: str) -> list[dict[str, str]]:

@@ -33,6 +33,10 @@ def command(
     port: Annotated[int, typer.Option("--port", "-p", help="The port of the REST address.", min=0, max=65535)] = 0,
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key; needed with --keys.")] = None,
+    otlp: Annotated[str, typer.Option(help="OTLP/gRPC endpoint for the spans of all of them; none unless told.")] = "",
+    otlp_ratio: Annotated[
+        float | None, typer.Option(help="Share of the traces that begin here, 0 .. 1.", min=0, max=1)
+    ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = False,
     grace_s: Annotated[float, typer.Option(help="Seconds to finish what is running when stopped.", min=0)] = 10,
 ) -> int:
@@ -89,6 +93,8 @@ def command(
         operator_key_file=str(operator_key_file or ours.operator_key_file),
         insecure=insecure or ours.insecure,
         grace_s=grace_s,
+        otlp=otlp or ours.otlp,
+        otlp_ratio=ours.otlp_ratio if otlp_ratio is None else otlp_ratio,
         registry_options={name: value for name, value in consul.items() if value},
     )
     if shared.registry_options and not where.registry.startswith("consul"):

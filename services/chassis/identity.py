@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from infermesh.errors import INSTANCE_KEY as INSTANCE_KEY
+from infermesh.errors import MODEL_KEY as MODEL_KEY
 from services.chassis.rpc import Context
 
-INSTANCE_KEY = "x-infermesh-instance-id"
-MODEL_KEY = "x-infermesh-model-id"
 ATTEMPTS_KEY = "x-infermesh-attempts"
 DEGRADED_KEY = "x-infermesh-degraded"
 REQUEST_KEY = "x-request-id"

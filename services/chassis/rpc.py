@@ -33,7 +33,8 @@ def as_mesh_error(error: BaseException) -> MeshError:
 
 async def abort(context: Context, error: MeshError) -> None:
     """Ends the call with the error. Does not return."""
-    trailers = tuple(context.trailing_metadata() or ()) + to_trailers(error)
+    said = tuple(context.trailing_metadata() or ())
+    trailers = said + tuple(pair for pair in to_trailers(error) if pair[0] not in dict(said))
     await context.abort(error.row.grpc, details(error.message), trailers)
 
 

@@ -49,6 +49,7 @@ from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.channels import Channels
 from services.gateway.upstream.directory import Directory
 from services.gateway.upstream.forward import Forwarder
+from services.gateway.upstream.shown import Showing, Shown
 
 SERVICES = (rpc.LANGUAGE_MODEL, rpc.EMBEDDING, rpc.RERANK, rpc.RETRIEVE)
 SETTLE_S = 0.5  # between NOT_SERVING and the end of the listeners: balancers and clients need a moment to hear
@@ -170,6 +171,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
         limits=settings.limits,
         secret=hashlib.sha256(salt.encode()).digest(),
         time_granularity_s=settings.time_granularity_s,
+        showing=Showing({id: Shown(**rule.model_dump()) for id, rule in settings.telemetry.items()}),
         draw=random.Random(secrets.randbits(64)),
     )
     server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)

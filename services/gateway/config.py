@@ -88,6 +88,14 @@ class Routing(_Part):
         return Policy(self.ttft_s, self.split, self.fallbacks, aliases, weights)
 
 
+class Telemetry(_Part):
+    """What callers are told of one instance: `enable` False hides its ids, names replace them."""
+
+    enable: bool = True
+    instance_id: str = Field(default="", max_length=128, pattern=r"^[\x21-\x7e]*$")
+    model_id: str = Field(default="", max_length=256, pattern=r"^[\x21-\x7e]*$")
+
+
 class GatewaySettings(RegistrySettings):
     grpc: str = "127.0.0.1:50050"
     http: str = "127.0.0.1:8000"  # empty: no REST
@@ -102,6 +110,7 @@ class GatewaySettings(RegistrySettings):
     weights: dict[str, Annotated[float, Field(ge=0.001, le=1000)]] = Field(
         default_factory=dict
     )  # instance id -> factor
+    telemetry: dict[str, Telemetry] = Field(default_factory=dict)  # instance id, or * -> what callers are told
     time_granularity_s: int = Field(default=86_400, ge=1)  # prompts see the time rounded down to this
     explain_dir: Path | None = None  # of past decisions; None: DEFAULT_PAST, where that can be written
     explain_mib: int = Field(default=64, ge=0, le=1 << 20)  # 0: none are kept

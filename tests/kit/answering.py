@@ -16,14 +16,16 @@ ALONE = {"chat-0": ("--prefill-tps", "1e6", "--step-ms", "1")}
 
 @asynccontextmanager
 async def answering_mesh(
-    folder: Path, instances: Mapping[str, tuple[str, ...]] = ALONE, **settings: Any
+    folder: Path, instances: Mapping[str, tuple[str, ...]] = ALONE, flags: tuple[str, ...] = (), **settings: Any
 ) -> AsyncIterator[TestMesh]:
-    """`instances`: id -> further flags of `infermesh llm`. All are healthy when the body begins."""
+    """`instances`: id -> further flags of `infermesh llm`; `flags`: of the other two. All are healthy at first."""
     async with running_mesh(folder, dict(instances), **settings) as mesh:
         children = []
         for kind in ("embedding", "rerank"):
             words = infermesh(kind, "--registry", mesh.registry, "--listen", "127.0.0.1:0", "--grace-s", "5")
-            child = Child(folder, f"{kind}-0", [*words, "--instance-id", f"{kind}-0", "--export-dir", str(EXPORTS)])
+            child = Child(
+                folder, f"{kind}-0", [*words, "--instance-id", f"{kind}-0", "--export-dir", str(EXPORTS), *flags]
+            )
             mesh.stack.callback(child.destroy)
             children.append(child)
         await until(lambda: all(child.serves for child in children), 180)

@@ -137,6 +137,6 @@ async def test_what_is_held_goes_out_on_time_and_a_fault_comes_through() -> None
 
     got: list[list[int]] = []
     with pytest.raises(RuntimeError, match="broken"):
-        async for event in paced(engine(), 0.02):
+        async for event in paced(engine(), 0.1):
             got.append(list(event.deltas[0].token_ids))
     assert got == [[1], [2, 3]]

@@ -169,7 +169,7 @@ class _Retrieval:
         with _named(method):
             async with self.forward.open(method, request, call) as reply:
                 async for event in reply:
-                    stage.instance_id = reply.identity.instance_id
+                    stage.instance_id = reply.identity.shown[0]
                     stage.model = reply.identity.model_id or stage.model
                     stage.tokens += event.message.usage.prompt_tokens
                     return event.message

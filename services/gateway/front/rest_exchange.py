@@ -167,11 +167,9 @@ class Exchange:
         elapsed = asyncio.get_running_loop().time() - self.arrived
         headers = [(b"x-request-id", self.request_id.encode()), (b"openai-processing-ms", b"%d" % (elapsed * 1000))]
         if identity is not None:
-            headers += [
-                (b"x-infermesh-instance-id", header_value(identity.instance_id)),
-                (b"x-infermesh-model-id", header_value(identity.model_id)),
-                (b"x-infermesh-attempts", b"%d" % identity.attempts),
-            ]
+            names = (b"x-infermesh-instance-id", b"x-infermesh-model-id")
+            headers += [(name, header_value(id)) for name, id in zip(names, identity.shown, strict=True) if id]
+            headers.append((b"x-infermesh-attempts", b"%d" % identity.attempts))
             if identity.resumes:
                 headers.append((b"x-infermesh-resumes", b"%d" % identity.resumes))
             if identity.degraded:
@@ -198,9 +196,15 @@ class Exchange:
         """Tells the caller, in whatever way is still open."""
         body = error_json(error, rest_param(error.param, self.names))
         if not self.started:
-            await self.respond(body, status=error.row.http, headers=[JSON, *error_headers(error)])
+            await self.respond(body, status=error.row.http, headers=[JSON, *error_headers(error), *_asked(error)])
         elif self.failure is not None:
             last = self.failure.prefix + body + self.failure.suffix
             await self.send({"type": "http.response.body", "body": last, "more_body": False})
         else:
             raise error  # the server cuts the connection: a reply that has begun must not look whole
+
+
+def _asked(error: MeshError) -> Headers:
+    """Who was asked last, as far as the caller may know."""
+    ids = ((b"x-infermesh-instance-id", error.instance_id), (b"x-infermesh-model-id", error.model_id))
+    return [(name, header_value(id)) for name, id in ids if id]

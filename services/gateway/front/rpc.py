@@ -126,18 +126,18 @@ def parse(kind: Any, request: bytes) -> Any:
 
 def identity(reply: Reply, call: Call) -> tuple[tuple[str, str], ...]:
     who = reply.identity
-    pairs = (
-        (INSTANCE_KEY, who.instance_id),
-        (MODEL_KEY, who.model_id),
-        (ATTEMPTS_KEY, str(who.attempts)),
-        (REQUEST_KEY, call.request_id),
-    )
+    pairs = (*ids(who), (ATTEMPTS_KEY, str(who.attempts)), (REQUEST_KEY, call.request_id))
     return (*pairs, (DEGRADED_KEY, who.degraded)) if who.degraded else pairs
+
+
+def ids(who: Identity) -> tuple[tuple[str, str], ...]:
+    """Who answers, as far as the caller may know."""
+    return tuple((key, id) for key, id in zip((INSTANCE_KEY, MODEL_KEY), who.shown, strict=True) if id)
 
 
 def resumed(who: Identity) -> tuple[tuple[str, str], ...]:
     return (
-        (INSTANCE_KEY, who.instance_id),
+        *ids(who)[:1],
         (ATTEMPTS_KEY, str(who.attempts)),
         (RESUMES_KEY, str(who.resumes)),
         (RESUME_EXACT_KEY, str(who.exact).lower()),

@@ -23,7 +23,7 @@ def trailer(identity: Identity) -> bytes:
     if not identity.resumes:
         return b""
     said = {
-        "x-infermesh-instance-id": identity.instance_id,
+        **({"x-infermesh-instance-id": identity.shown[0]} if identity.shown[0] else {}),
         "x-infermesh-attempts": identity.attempts,
         "x-infermesh-resumes": identity.resumes,
         "x-infermesh-resume-exact": identity.exact,

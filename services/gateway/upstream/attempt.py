@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import grpc.aio
+import structlog
 
 from infermesh.errors import MeshError, Reason
 from registry.endpoint import Endpoint
@@ -15,6 +16,8 @@ from services.gateway.upstream.calls import Event, Method
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.failures import end
 from services.gateway.upstream.transcript import Transcript
+
+log = structlog.get_logger("attempt")
 
 
 class Attempt:
@@ -66,7 +69,7 @@ class Attempt:
         carrier.router.heeding(self.lease)
         first = await call.read() if method.streams else await call
         if first is grpc.aio.EOF:
-            raise MeshError(Reason.ENGINE_FAILED, f"{self.endpoint.id} ended the answer before it began")
+            raise MeshError(Reason.ENGINE_FAILED, "the instance ended the answer before it began")
         self._verify(await call.initial_metadata())
         message = method.response.FromString(first)
         self.ttft_s = carrier.now() - self._begun
@@ -80,7 +83,7 @@ class Attempt:
         raw = await self._call.read()
         if raw is grpc.aio.EOF:
             if self.usage is None:
-                raise MeshError(Reason.ENGINE_FAILED, f"{self.endpoint.id} ended the answer without its usage")
+                raise MeshError(Reason.ENGINE_FAILED, "the instance ended the answer without its usage")
             return None
         message = self._method.response.FromString(raw)
         self._note(message)
@@ -113,8 +116,10 @@ class Attempt:
         self.verified = (answered, model) == (endpoint.id, endpoint.model)
         if not self.verified:
             said = f"{answered or 'nobody'} with {model or 'no model'}"
-            message = f"{endpoint.address} answered as {said}, registered is {endpoint.id} with {endpoint.model}"
-            raise MeshError(Reason.INSTANCE_LOST, message)
+            log.warning(
+                "not the instance that is registered", instance=endpoint.id, model=endpoint.model, answered=said
+            )
+            raise MeshError(Reason.INSTANCE_LOST, "the instance that answered is not the one that is registered")
 
     def _note(self, message: Any) -> None:
         """Counts what an event carries."""

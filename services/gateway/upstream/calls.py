@@ -83,7 +83,8 @@ class Call:
 @dataclass(frozen=True, slots=True)
 class Identity:
     """Who answers: the last one, once others had to go on. `degraded`: the model asked for, when another one served it.
-    `resumes`: how often a stream went on elsewhere; `exact`: the whole is what one instance would have answered."""
+    `resumes`: how often a stream went on elsewhere; `exact`: the whole is what one instance would have answered.
+    `told`: both ids as callers may see them, where that differs."""
 
     instance_id: str
     model_id: str
@@ -91,6 +92,12 @@ class Identity:
     degraded: str = ""
     resumes: int = 0
     exact: bool = True
+    told: tuple[str, str] | None = None
+
+    @property
+    def shown(self) -> tuple[str, str]:
+        """Instance and model id for the caller; empty = hidden."""
+        return (self.instance_id, self.model_id) if self.told is None else self.told
 
 
 @dataclass(slots=True)

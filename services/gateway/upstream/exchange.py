@@ -157,7 +157,7 @@ class Exchange:
         """The event that follows where a stream broke: of another instance, which replays what the caller has."""
         if self._complete():
             return self._ahead.popleft()
-        failure, origin = as_failure(error), self.identity.instance_id
+        failure, origin = as_failure(error), self.identity.shown[0] or "its instance"
         try:
             self._after(attempt.lease, failure, error)
             await self._pursue(failure)
@@ -217,7 +217,7 @@ class Exchange:
         carrier, method, kept = self._carrier, self._method, self._kept
         instance = carrier.router.fleet.life(lease.instance_id, lease.incarnation)
         if instance is None:
-            raise MeshError(Reason.INSTANCE_LOST, f"{lease.instance_id} has just gone")
+            raise MeshError(Reason.INSTANCE_LOST, "the instance has just gone")
         self._endpoint = endpoint = instance.endpoint
         kept.serve(endpoint)
         begun = carrier.now() if kept.under_way else self._begun
@@ -234,7 +234,8 @@ class Exchange:
         else:
             self._ttft_s = attempt.ttft_s
         degraded = self.identity.degraded if kept.under_way else lease.record.degraded_from
-        self.identity = Identity(endpoint.id, endpoint.model, self.attempts, degraded, kept.resumes, kept.exact)
+        told = self._forwarder.showing.told(first, endpoint)
+        self.identity = Identity(endpoint.id, endpoint.model, self.attempts, degraded, kept.resumes, kept.exact, told)
         if not method.streams:
             self._first = first
             self._events = 1
@@ -365,6 +366,8 @@ class Exchange:
             used = prompt + completion if usage is not None else (started + completion if self._ttft_s else 0)
             forwarder.quota.settle(caller.tenant, self._reserved, used)
         endpoint = self._endpoint
+        if endpoint is not None and isinstance(error, MeshError):
+            error.instance_id, error.model_id = forwarder.showing.ids(endpoint)
         outcome = word(error)
         report = Report(
             request_id=self._context.request_id,

@@ -16,6 +16,7 @@ from services.gateway.upstream.calls import Call, Method
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.exchange import Exchange
 from services.gateway.upstream.quota import Quota
+from services.gateway.upstream.shown import Showing
 
 
 @dataclass(slots=True)
@@ -28,6 +29,7 @@ class Forwarder:
     limits: Limits = field(default_factory=Limits)
     secret: bytes = b"infermesh"
     time_granularity_s: int = 86_400
+    showing: Showing = field(default_factory=Showing)
     quota: Quota = field(default_factory=Quota)
     budget: failover.Budget = field(default_factory=failover.Budget)
     draw: random.Random = field(default_factory=random.Random)
