@@ -157,10 +157,13 @@ def _ours(made: Container, site: Site, port: int, start_s: float, own_consul: bo
     return found
 
 
+# Only where a collector runs: INFERMESH_OTLP=http://otel-collector:4317 docker compose --profile obs up
+SPANS = {"INFERMESH_OTLP": "${INFERMESH_OTLP:-}"}
+
+
 def _gateway(fleet: Fleet, made: Container, site: Site, own_consul: bool) -> dict[str, Any]:
     found = _ours(made, site, GRPC, 60, own_consul)
-    # Spans only where a collector runs: INFERMESH_OTLP=http://otel-collector:4317 docker compose --profile obs up
-    found["environment"] = {"INFERMESH_OTLP": "${INFERMESH_OTLP:-}"}
+    found["environment"] = dict(SPANS)
     found["ports"] = [_published(fleet.gateway.grpc, GRPC), _published(fleet.gateway.http, HTTP)]
     found["volumes"] = ["gateway-state:/state"]
     if secrets := secrets_of(fleet):
@@ -176,8 +179,7 @@ def _instance(fleet: Fleet, made: Container, site: Site, own_consul: bool, port:
     instance = made.instance
     assert instance is not None
     found = _ours(made, site, SERVICE, START_S, own_consul)
-    if made.environment:
-        found["environment"] = {key: value.replace("$", "$$") for key, value in made.environment.items()}
+    found["environment"] = SPANS | {key: value.replace("$", "$$") for key, value in made.environment.items()}
     if instance.labels:
         found["labels"] = {key: value.replace("$", "$$") for key, value in instance.labels.items()}
     store = f"models-{made.name}" if instance.storage else "models"

@@ -189,9 +189,9 @@ def _keys(fleet: Fleet) -> tuple[str, str]:
 
 def _shared(fleet: Fleet, site: Site) -> Shared:
     gateway = fleet.gateway
-    spans = {"otlp": gateway.otlp, "otlp_ratio": gateway.otlp_ratio}
-    shared = Shared(registry=site.registry, grace_s=site.grace_s, insecure=gateway.insecure, **spans)
-    if fleet.gateway.insecure:
+    shared = Shared(site.registry, insecure=gateway.insecure, grace_s=site.grace_s)
+    shared = replace(shared, otlp=gateway.otlp, otlp_ratio=gateway.otlp_ratio)
+    if gateway.insecure:
         return shared
     keys, operator = _keys(fleet)
     return replace(shared, keys=secret(keys), operator_key_file=secret(operator))

@@ -232,11 +232,7 @@ def test_what_waits_for_a_feature_is_refused_by_name() -> None:
     paths = [fault.path for fault in unserved(parse_fleet(path.read_text()))]
     assert paths == [
         *("models[0].lora", "nodes[0].address"),
-<<<<<<< HEAD
-        *(f"instances[0].{key}" for key in ("telemetry", "min", "max")),
-=======
-        *(f"instances[0].{key}" for key in ("min", "max", "resources", "storage", "image", "labels")),
->>>>>>> 68b22f8 (Which ids callers are told is the operator's choice, on answers and errors; up --otlp for all processes; a canary searched for in every sink)
+        *(f"instances[0].{key}" for key in ("min", "max")),
         *("instances[0].ray_cluster", "gateway.workers", "rayClusters"),
     ]
 
