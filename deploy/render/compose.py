@@ -148,7 +148,7 @@ def _ours(made: Container, site: Site, port: int, start_s: float, own_consul: bo
             "timeout": "10s",
             "retries": 3,
             "start_period": f"{start_s:g}s",
-            "start_interval": "2s",
+            "start_interval": "5s",
         },
         **_hardened(),
     }
@@ -164,7 +164,8 @@ SPANS = {"INFERMESH_OTLP": "${INFERMESH_OTLP:-}"}
 def _gateway(fleet: Fleet, made: Container, site: Site, own_consul: bool) -> dict[str, Any]:
     found = _ours(made, site, GRPC, 60, own_consul)
     found["environment"] = dict(SPANS)
-    found["ports"] = [_published(fleet.gateway.grpc, GRPC), _published(fleet.gateway.http, HTTP)]
+    doors = ((fleet.gateway.grpc, GRPC), (fleet.gateway.http, HTTP))
+    found["ports"] = [_published(address, inside) for address, inside in doors if address]
     found["volumes"] = ["gateway-state:/state"]
     if secrets := secrets_of(fleet):
         found["secrets"] = secrets

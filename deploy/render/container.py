@@ -153,6 +153,7 @@ def container_faults(fleet: Fleet, site: Site, *, pvc: bool) -> Iterator[Fault]:
             gpus and fleet.engine_of(instance) == "vllm" and gpus != (instance.tp or gpus // instance.pp) * instance.pp
         ):
             yield Fault(f"{at}.resources.gpus", f"{gpus} GPUs for tp {instance.tp} × pp {instance.pp}")
+    yield from _secret_faults(fleet)
     for index, model in enumerate(fleet.models):
         users = [item for item in fleet.instances if item.model == model.id and fleet.engine_of(item) != "scripted"]
         for key in ("source", "chat_template"):
@@ -168,6 +169,16 @@ def container_faults(fleet: Fleet, site: Site, *, pvc: bool) -> Iterator[Fault]:
                 yield Fault(
                     f"models[{index}].{key}", f"{path} is not in a pod: volumes are mounted at {MODELS}, use {MODELS}/…"
                 )
+
+
+def _secret_faults(fleet: Fleet) -> Iterator[Fault]:
+    """All secrets of a container are in one folder, by their file names."""
+    told = {} if fleet.gateway.insecure else {Path(path).name: path for path in _keys(fleet)}
+    for index, instance in enumerate(fleet.instances):
+        path = instance.api_key_file
+        if path and told.setdefault(Path(path).name, path) != path:
+            other = told[Path(path).name]
+            yield Fault(f"instances[{index}].api_key_file", f"{path} and {other} have one file name; give them two")
 
 
 def container_remarks(fleet: Fleet) -> Iterator[str]:

@@ -220,7 +220,11 @@ def _faults(fleet: Fleet) -> Iterator[Fault]:
                 f"instances[{index}].ray_cluster", f"{cluster!r} is not there; rayClusters has {', '.join(names)}"
             )
         for key, value in instance.labels.items():
-            if not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
+            if key in k8s.labels(""):
+                yield Fault(
+                    f"instances[{index}].labels.{key}", "is set by render, to find the pods by; choose another key"
+                )
+            elif not _LABEL_KEY.fullmatch(key) or not _LABEL_VALUE.fullmatch(value):
                 yield Fault(f"instances[{index}].labels.{key}", f"{value!r}: not a label of Kubernetes")
     if fleet.registry.startswith("mesh://127.") or "://localhost" in fleet.registry:
         yield Fault("registry", f"{fleet.registry} would be the pod itself; leave it out for a Consul of its own")

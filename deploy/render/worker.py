@@ -85,6 +85,10 @@ def _worker(at: str, document: dict[str, Any], models: dict[str, dict[str, Any]]
         if key not in allowed
     ]
     id, type = str(meta.get("name") or ""), spec.get("type") or "fastchat"
+    if meta.get("namespace"):
+        found.remarks.append(
+            f"{id}: namespace {meta['namespace']} is not written; apply with kubectl -n {meta['namespace']}"
+        )
     if not id:
         found.faults.append(Fault(f"{at}.metadata.name", "is needed"))
     if type not in ENGINES:

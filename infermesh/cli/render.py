@@ -76,7 +76,7 @@ def _rendered(target: str, path: Path, node: str, autoscaler: str, grace_s: floa
         told, assumed = fleet_of_workers(text, str(path))
     else:
         told = parse_fleet(text, str(path))
-    told, site = _completed(told, path, grace_s)
+    told, site = _completed(told, target, path, grace_s)
     if target == "compose":
         found = compose(told, site, shipped_files(), node=node, name=str(path))
     else:
@@ -84,8 +84,9 @@ def _rendered(target: str, path: Path, node: str, autoscaler: str, grace_s: floa
     return replace(found, remarks=(*assumed, *found.remarks))
 
 
-def _completed(fleet: Fleet, path: Path, grace_s: float) -> tuple[Fleet, Site]:
+def _completed(fleet: Fleet, target: str, path: Path, grace_s: float) -> tuple[Fleet, Site]:
     """The fleet with all its instances, and the speeds that the planner reckons for them."""
+    from deploy.fleet import FleetError, unserved
     from deploy.model_files import read_models
     from deploy.planner.catalogue import shipped
     from deploy.planner.estimate import estimates
@@ -95,6 +96,9 @@ def _completed(fleet: Fleet, path: Path, grace_s: float) -> tuple[Fleet, Site]:
     read, catalogue = read_models(fleet, path.parent), shipped()
     served = {instance.model for instance in fleet.instances}
     if fleet.nodes and any(model.id not in served for model in fleet.models):
-        fleet = plan(fleet, read.shapes, catalogue, read.needed(fleet), str(path)).fleet
+        try:
+            fleet = plan(fleet, read.shapes, catalogue, read.needed(fleet), str(path)).fleet
+        except FleetError as error:
+            raise FleetError(str(path), [*unserved(fleet, target), *error.faults]) from None
     reckoned = {id: one.speed_values() for id, one in estimates(fleet, read.shapes, catalogue).items()}
     return fleet, Site(__version__, "", catalogue, reckoned, grace_s)

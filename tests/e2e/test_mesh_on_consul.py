@@ -31,7 +31,7 @@ ENCODERS = ("embedding", "rerank")
 FLEET = {*SPEEDS, *ENCODERS}
 FIELDS = [
     *("id", "kind", "model", "address", "pid", "state", "tier", "device", "running", "waiting", "kv_used_ratio"),
-    *("speed", "weight", "why", "since_s", "rejected_reason"),
+    *("speed", "weight", "why", "since_s", "rejected_reason", "conditions"),
 ]
 GONE_S = 2.0
 BACK_S = 5.0

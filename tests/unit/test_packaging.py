@@ -93,6 +93,9 @@ def test_the_wheels_work_outside_the_checkout(wheels: dict[str, Path], tmp_path:
     (tmp_path / "services").mkdir()
     (tmp_path / "services" / "__init__.py").write_text("raise RuntimeError('the wrong services')\n")
     assert "up" in run(venv / "bin" / "infermesh", "--help", cwd=tmp_path)
+    fleet, rendered = ROOT / "deploy" / "examples" / "containers.yaml", tmp_path / "compose"
+    run(venv / "bin" / "infermesh", "render", "compose", fleet, "-o", rendered, cwd=tmp_path)
+    assert (rendered / "grafana" / "dashboard.json").exists()
     show = "import infermesh.v1, infermesh.cli, registry, services; print(infermesh.__file__, *services.__path__)"
     places = run(venv / "bin" / "python", "-P", "-c", show, cwd=tmp_path).split()
     assert all(place.startswith(str(venv)) for place in places)

@@ -141,6 +141,17 @@ def test_what_a_container_does_not_take_is_remarked() -> None:
         assert any(part in line for line in told), part
 
 
+def test_two_secrets_of_one_file_name_are_refused() -> None:
+    adopted = {"model": "m", "engine": "openai-http", "url": "http://far:8000"}
+    instances = [{"id": name, **adopted, "api_key_file": f"{name}/api.key"} for name in ("a", "b")]
+    assert faults(instances=instances) == [
+        "instances[1].api_key_file: b/api.key and a/api.key have one file name; give them two"
+    ]
+    one = project(fleet_of(instances=instances[:1]))
+    assert one["services"]["a"]["secrets"] == ["keys.yaml", "operator.key", "api.key"]
+    assert one["secrets"]["api.key"] == {"file": "./secrets/api.key"}
+
+
 def test_a_registry_outside_needs_an_address_to_dial() -> None:
     parts = {"instances": [{"id": "i", "model": "m", "engine": "scripted"}], "registry": "consul://10.0.0.5:8500"}
     assert [line.split(":")[0] for line in faults(**parts)] == ["nodes"]
