@@ -258,6 +258,7 @@ class Fleet(Part):
     gateway: Gateway = Gateway()
     routing: Routing = Routing()
     devices: dict[str, Device] = {}  # cards that the hardware catalogue lacks, or corrections
+    calibration: str = ""  # file of measured speeds; default: .infermesh/calibration.yaml
     traffic: Traffic | None = None  # for the planner
     expect: Expect | None = None  # for the planner
     rayClusters: Annotated[tuple[RayCluster, ...], Later("the Ray launcher uses it", ("k8s",))] = ()

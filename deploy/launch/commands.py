@@ -40,6 +40,7 @@ class Shared:
     log_level: str = ""
     otlp: str = ""
     otlp_ratio: float = 1.0
+    calibration: str = ""  # file of measured speeds
     registry_options: Mapping[str, str] = field(default_factory=dict)  # of Consul: prefix, token and TLS files
 
 
@@ -173,6 +174,8 @@ def instance_command(
         for item in value if isinstance(value, tuple) else (value,):
             if item not in (None, ""):
                 argv += [f"--{name}", str(item)]
+    if shared.calibration:
+        argv += ["--calibration", shared.calibration]
     argv += [*_shared(shared), "--ready-file", str(ready_file)]
     cards = ",".join(map(str, instance.cards))
     visible = {"CUDA_VISIBLE_DEVICES": cards} if engine == "vllm" and cards else {}

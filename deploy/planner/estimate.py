@@ -28,6 +28,7 @@ class Estimate:
     speed: LlmSpeed | None = None
     need: Traced | None = None
     pace: EncoderSpeed | None = None
+    calibrated: bool = False  # speed or pace was measured
 
     def speed_values(self) -> dict[str, float]:
         """Under the names of the fleet file's `speed:`."""
@@ -35,6 +36,8 @@ class Estimate:
             found = self.speed
             numbers = (found.prefill_tps, found.doubling, found.step_ms, found.kv_us_per_ktoken)
             names = ("prefill_tps", "prefill_doubling_ctx", "step_ms", "kv_us_per_ktoken")
+            if self.calibrated:
+                return {name: value.value for name, value in zip(names, numbers, strict=True)}
             return {name: _three(value.value) for name, value in zip(names, numbers, strict=True)}
         if self.pace:
             return {"fixed_ms": self.pace.fixed_ms.value, "tokens_per_s": _three(self.pace.tokens_per_s.value)}

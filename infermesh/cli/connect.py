@@ -19,6 +19,14 @@ ApiKeyFile = Annotated[
 ]
 Timeout = Annotated[float, typer.Option("--timeout", help="Seconds for the whole call.", min=0.001)]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on standard output.")]
+Measured = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Speeds that `calibrate` measured; default: what the fleet file names, else .infermesh/calibration.yaml.",
+    ),
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="Model id; default: the only one of its kind.")]
 DEFAULT_GATEWAY = "127.0.0.1:50050"
 

@@ -49,6 +49,9 @@ OPTIONS: dict[str, Any] = {
     "device": Annotated[str | None, typer.Option(help="The card, as the hardware catalogue names it.")],
     "fixed_ms": Annotated[float | None, typer.Option(help="Declared speed: milliseconds of a short request.")],
     "tokens_per_s": Annotated[float | None, typer.Option(help="Declared speed: tokens a second.")],
+    "calibration": Annotated[
+        Path | None, typer.Option(help="File in which `infermesh calibrate` left measured speeds.")
+    ],
     "keys": Annotated[Path | None, typer.Option("--keys", help="keys.yaml: who may call.")],
     "operator_key_file": Annotated[Path | None, typer.Option(help="The operator's key, to register with.")],
     "insecure": Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")],

@@ -55,6 +55,9 @@ def command(
     speed_source: Annotated[
         str | None, typer.Option(help="Whose numbers these are: declared (yours) or catalogue (the planner's).")
     ] = None,
+    calibration: Annotated[
+        Path | None, typer.Option(help="File in which `infermesh calibrate` left measured speeds.")
+    ] = None,
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key, to register with.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infermesh.cli import BAD_USAGE, Failure
-from infermesh.cli.connect import Json
+from infermesh.cli.connect import Json, Measured
 from infermesh.cli.printing import emit_json, remark
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def command(
         bool, typer.Option("--simulate/--no-simulate", help="Check the plan with the very router, in virtual time.")
     ] = True,
     seed: Annotated[int, typer.Option(help="Of the simulated traffic.", min=0)] = 0,
+    calibration: Measured = None,
     json: Json = False,
 ) -> None:
     """Plan what runs on which card: fills in the instances of a fleet file, with the reasons, and what does not fit.
@@ -42,7 +43,7 @@ def command(
     """
     from deploy.planner.document import plan_document
 
-    found = _planned(fleet)
+    found = _planned(fleet, calibration)
     verdict = _verdict(found, seed) if simulate else None
     if output:
         _write(output, found, fleet)
@@ -56,11 +57,13 @@ def command(
         show(found, verdict, str(fleet))
 
 
-def _planned(path: Path) -> Plan:
+def _planned(path: Path, calibration: Path | None) -> Plan:
     from deploy.fleet import parse_fleet
     from deploy.model_files import read_models
     from deploy.planner.catalogue import shipped
+    from deploy.planner.measured import plan_with_measured
     from deploy.planner.planner import plan
+    from infermesh.cli.calibrate import of_fleet
 
     try:
         text = path.read_text(encoding="utf-8")
@@ -68,7 +71,8 @@ def _planned(path: Path) -> Plan:
         raise Failure(f"{path}: {getattr(error, 'strerror', None) or error}", BAD_USAGE) from None
     fleet = parse_fleet(text, str(path))
     read = read_models(fleet, path.parent)
-    return plan(fleet, read.shapes, shipped(), read.needed(fleet), str(path))
+    found = plan(fleet, read.shapes, shipped(), read.needed(fleet), str(path))
+    return plan_with_measured(found, of_fleet(fleet, calibration))
 
 
 def _verdict(found: Plan, seed: int) -> dict[str, Any] | None:

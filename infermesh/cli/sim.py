@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from infermesh.cli import BAD_USAGE, Failure
-from infermesh.cli.connect import Json
+from infermesh.cli.connect import Json, Measured
 from infermesh.cli.printing import emit_json, remark
 from infermesh.cli.sim_report import compare, print_run, recorded_elsewhere
 
@@ -42,6 +42,7 @@ def command(
     ] = 0,
     jobs: Annotated[int, typer.Option(help="Runs at the same time, a process each.", min=1, max=64)] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw TTFT and goodput against load.")] = None,
+    calibration: Measured = None,
     json: Json = False,
 ) -> None:
     """Try routing policies and fleets on a trace, in virtual time: the very router, simulated engines.
@@ -69,7 +70,7 @@ def command(
     measured = _measured(requests)
     runs: list[dict[str, Any]] = []
     for file in filter(None, fleet.split(",")):
-        site = _site(Path(file))
+        site = _site(Path(file), calibration)
         _tell_floor(requests, site)
         _tell_unserved(file, requests, site)
         sweep = Sweep(requests, site, _conditions(gateways), _random, seed, _bounds(max_wait_s))
@@ -134,16 +135,19 @@ def _measured(trace: Trace) -> dict[str, Any] | None:
     return measured(trace)
 
 
-def _site(path: Path) -> Site:
+def _site(path: Path, calibration: Path | None) -> Site:
     from deploy.fleet import parse_fleet
     from deploy.model_files import read_models
     from deploy.planner.catalogue import shipped
     from deploy.planner.estimate import estimates
+    from deploy.planner.measured import with_measured
+    from infermesh.cli.calibrate import of_fleet
     from services.gateway.simulator.fleet import site_of
 
     with _open(path, "--fleet") as file:
         fleet = parse_fleet(file.read(), str(path))
-    site = site_of(fleet, estimates(fleet, read_models(fleet, path.parent).shapes, shipped()))
+    reckoned = estimates(fleet, read_models(fleet, path.parent).shapes, shipped())
+    site = site_of(fleet, with_measured(fleet, reckoned, of_fleet(fleet, calibration)))
     if not site.endpoints:
         raise Failure(f"--fleet {path}: it has no instances", BAD_USAGE)
     for line in site.remarks:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from infermesh.cli import BAD_USAGE, Failure
+from infermesh.cli.connect import Measured
 
 if TYPE_CHECKING:
     from deploy.fleet import Fleet
@@ -39,6 +40,7 @@ def command(
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = False,
     grace_s: Annotated[float, typer.Option(help="Seconds to finish what is running when stopped.", min=0)] = 10,
+    calibration: Measured = None,
 ) -> int:
     """Run a whole mesh on this machine and keep it running: what dies is started again. Ctrl-C stops all of it.
 
@@ -57,6 +59,7 @@ def command(
     from deploy.launch.commands import Shared
     from deploy.launch.host import this_host
     from deploy.launch.mesh import Where, run_mesh
+    from infermesh.cli.calibrate import file_of_fleet, of_fleet
     from infermesh.cli.registry import hosted_registry
     from services.chassis.keys import load_keys
 
@@ -71,6 +74,7 @@ def command(
         plan = _adopted(adopt, adopt_key_file)
     else:
         plan, notes = _default(host, llm_source)
+    of_fleet(plan, calibration)  # a fault in it is told before anything is started; each instance reads it at its start
     ours = plan.gateway
     rest = http or ours.http
     where = Where(
@@ -95,6 +99,7 @@ def command(
         grace_s=grace_s,
         otlp=otlp or ours.otlp,
         otlp_ratio=ours.otlp_ratio if otlp_ratio is None else otlp_ratio,
+        calibration=str(file_of_fleet(plan, calibration).absolute()),
         registry_options={name: value for name, value in consul.items() if value},
     )
     if shared.registry_options and not where.registry.startswith("consul"):

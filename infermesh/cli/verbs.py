@@ -30,6 +30,7 @@ VERBS: dict[str, str] = {
     "import": "Read another server's configuration and write a fleet file.",
     "render": "Write files that start a fleet with Docker Compose or on Kubernetes.",
     "sim": "Try routing policies and fleets on a trace, in virtual time.",
+    "calibrate": "Measure how fast an instance is, for the router, up, plan and sim.",
     "record": "Write a trace of live traffic, without prompts, for sim.",
     "drain": "Let an instance finish its work and leave.",
     "undrain": "Take a drain back while the instance still finishes its work.",

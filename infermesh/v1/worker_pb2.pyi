@@ -601,12 +601,15 @@ Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015
 
 @_typing.final
 class CalibrateRequest(_message.Message):
-    """In the contract from the start; an instance that does not serve it yet answers UNIMPLEMENTED."""
+    """Takes the instance a minute or so. FAILED_PRECONDITION when others use it meanwhile, or when what was measured is no
+    speed: the message says why.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     QUICK_FIELD_NUMBER: _builtins.int
     quick: _builtins.bool
+    """fewer lengths and repetitions"""
     def __init__(
         self,
         *,
@@ -647,9 +650,12 @@ class CalibrateResponse(_message.Message):
     PROGRESS_FIELD_NUMBER: _builtins.int
     STEP_FIELD_NUMBER: _builtins.int
     SPEED_FIELD_NUMBER: _builtins.int
+    REPORT_JSON_FIELD_NUMBER: _builtins.int
     progress: _builtins.float
     """0 .. 1"""
     step: _builtins.str
+    report_json: _builtins.str
+    """in the last message: points, errors of the fit, held-out points, whether it was adopted"""
     @_builtins.property
     def speed(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """in the last message: the registry's speed keys"""
@@ -660,10 +666,11 @@ class CalibrateResponse(_message.Message):
         progress: _builtins.float = ...,
         step: _builtins.str = ...,
         speed: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        report_json: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "speed", b"speed", "step", b"step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["progress", b"progress", "report_json", b"report_json", "speed", b"speed", "step", b"step"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

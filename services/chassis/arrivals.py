@@ -45,12 +45,18 @@ class Arrivals:
         self._shares: dict[str, Share] = {}
         self._links: Counter[str] = Counter()
         self._running = 0
+        self._entered = 0
         self._idle = asyncio.Event()
         self._idle.set()
 
     @property
     def running(self) -> int:
         return self._running
+
+    @property
+    def entered(self) -> int:
+        """How many there have been since the start, those in flight included."""
+        return self._entered
 
     def share(self, gateway_id: str) -> Share:
         return self._shares.get(gateway_id) or Share()
@@ -71,6 +77,7 @@ class Arrivals:
         if relay is not None:
             share.seen_seq = max(share.seen_seq, relay.seq)
         self._running += 1
+        self._entered += 1
         self._idle.clear()
         entry = Entry(share, tokens, self.room, number)
         try:

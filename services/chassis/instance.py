@@ -12,22 +12,25 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc.aio
 import structlog
 
 import infermesh
+from deploy.planner.calibration import Calibrations, parse_calibrations, with_speed
 from infermesh.errors import MeshError
 from infermesh.v1 import worker_pb2_grpc
 from infermesh.v1.worker_pb2 import Load
 from registry.advertise import advertised
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
-from registry.presence import Departure, present
+from registry.presence import Departure, Presence, present
 from services.chassis.arrivals import Arrivals
+from services.chassis.calibrate import Calibrator
 from services.chassis.call_spans import CallSpans
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import Identity
@@ -77,6 +80,7 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
         keys = load_keys(settings.keys)
         address = advertised(settings.advertise, host, settings.registry)
         registry = connect_registry(settings)
+        calibrations = read_calibrations(settings.calibration)
     except (ValueError, RegistryError) as error:
         return _refuse(error)
     stop = Stop()
@@ -84,7 +88,7 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
     context = InstanceContext(settings, identity, Arrivals(), keys)
     program = build(context)
     try:
-        return await _live(context, program, registry, address, stop)
+        return await _live(context, program, registry, address, stop, calibrations)
     except (MeshError, RegistryError, OSError) as error:
         return _refuse(error)
     finally:
@@ -95,14 +99,35 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
 
 
 async def _live(
-    context: InstanceContext, program: Program, registry: Registry | None, address: tuple[str, int], stop: Stop
+    context: InstanceContext,
+    program: Program,
+    registry: Registry | None,
+    address: tuple[str, int],
+    stop: Stop,
+    calibrations: Calibrations,
 ) -> int:
     settings, identity = context.settings, context.identity
     endpoint = settings.draft(identity.instance_id, *address, identity.incarnation)
     spans = CallSpans(settings.otlp, settings.otlp_ratio) if settings.otlp else None
     streams = 2 * (settings.max_running or 1024) + 64
     server = Server(program.service_names, max_streams=streams, inner=(spans,) if spans is not None else ())
-    worker = Worker(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask, program.held, stop.undo)
+    presence: Presence | None = None
+    bound = 0
+
+    async def adopt(values: Mapping[str, float]) -> str:
+        nonlocal endpoint
+        if endpoint.speed.source == "declared":
+            return "its operator declared a speed, which stays; take that out of its options or the fleet file"
+        endpoint = with_speed(endpoint, values)
+        if presence is not None:
+            await presence.renew(speed=endpoint.speed)
+        return ""
+
+    calibrator = Calibrator(lambda: endpoint, context.arrivals, lambda: _own_address(settings, bound))
+    worker = Worker(
+        *(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask),
+        *(program.held, stop.undo, calibrator.run, adopt),
+    )
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
     bound = await server.start(settings.listen, [WORKER_SERVICE])
@@ -128,7 +153,10 @@ async def _live(
         if not await _unless_stopped(loading, stop):
             return 0
         endpoint = dataclasses.replace(
-            loading.result(), port=address[1] or bound, pid=os.getpid(), version=infermesh.__version__
+            calibrations.calibrated(loading.result()),
+            port=address[1] or bound,
+            pid=os.getpid(),
+            version=infermesh.__version__,
         )
         context.arrivals.room.fit(endpoint, program.load)
         if spans is not None:
@@ -138,7 +166,7 @@ async def _live(
         registries = [] if registry is None else [registry]
         departure = Departure(settle_s=SETTLE_S if registries else 0.0)
         while True:
-            async with present(registries, endpoint, serving=serving, drain=drain, departure=departure):
+            async with present(registries, endpoint, serving=serving, drain=drain, departure=departure) as presence:
                 tell_ready(settings.ready_file, _facts(endpoint, bound))
                 log.info("serving", address=endpoint.address, model=endpoint.model, engine=endpoint.engine)
                 code = await _until_over(died, stop)
@@ -150,6 +178,27 @@ async def _live(
         await server.stop(0.2)
         if spans is not None:
             await spans.close()
+
+
+def read_calibrations(path: Path | None) -> Calibrations:
+    """What was measured of instances; none where the file is not there yet.
+
+    Raises:
+        ValueError: the file cannot be read, or is none.
+    """
+    if path is None or not path.exists():
+        return Calibrations()
+    try:
+        return parse_calibrations(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--calibration {path}: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _own_address(settings: InstanceSettings, port: int) -> str:
+    """Where this process reaches itself."""
+    host = split_address(settings.listen)[0]
+    near = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{near}]:{port}" if ":" in near else f"{near}:{port}"
 
 
 def _grace_s(settings: InstanceSettings, stop: Stop) -> float:

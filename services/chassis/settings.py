@@ -47,6 +47,7 @@ class InstanceSettings(RegistrySettings):
     kv_tokens: int | None = Field(default=None, ge=0)
     speed: SpeedSettings = SpeedSettings()
     speed_source: Literal["declared", "catalogue"] = "declared"  # whose numbers `speed` holds
+    calibration: Path | None = None  # the file in which a measured speed may be; it wins over the catalogue's
     grace_s: float = Field(default=30.0, ge=0, le=3600)
     ready_file: Path | None = None
     otlp: str = ""  # OTLP/gRPC endpoint; empty: no spans

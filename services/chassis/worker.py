@@ -1,11 +1,12 @@
-"""The instance's end of WorkerService: Describe, Link, Drain."""
+"""The instance's end of WorkerService: Describe, Link, Drain, Calibrate."""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import nullcontext
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import aclosing, nullcontext
 from functools import partial
 
 import structlog
@@ -16,6 +17,7 @@ from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1 import worker_pb2_grpc
 from registry.endpoint import Endpoint, to_metadata
 from services.chassis.arrivals import Arrivals
+from services.chassis.calibrate import Step
 from services.chassis.granting import FEATURE as GRANT
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import metadata_value
@@ -26,6 +28,8 @@ from services.chassis.rpc import Context, stream, unary
 HEARTBEAT_S = 1.0
 MIN_INTERVAL_S = 0.02
 FEATURES = ("load", "cache", GRANT)  # "cache" in a gateway's hello asks for cache frames
+Measure = Callable[[bool, str], AsyncGenerator[Step, None]]  # (quick, the caller's authorization)
+Adopt = Callable[[Mapping[str, float]], Awaitable[str]]  # a measured speed; returns why it is not taken, or nothing
 log = structlog.get_logger("worker")
 
 
@@ -42,6 +46,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         drain: Callable[[float | None], None],
         held: HeldPrefixes | None = None,
         undo: Callable[[], bool] = lambda: False,
+        measure: Measure | None = None,
+        adopt: Adopt | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._load = load
@@ -50,6 +56,8 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._drain = drain
         self._held = held or HeldPrefixes()
         self._undo = undo
+        self._measure = measure
+        self._adopt = adopt
         self._draining = False
         self._grace_s = 0.0
         self._leaving = ""
@@ -103,9 +111,22 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._drain(request.grace_ms / 1000 if request.HasField("grace_ms") else None)
         return wk.DrainResponse(running=self._arrivals.running)
 
-    @unary
-    async def Calibrate(self, request: wk.CalibrateRequest, context: Context) -> wk.CalibrateResponse:
-        raise MeshError(Reason.UNIMPLEMENTED, "calibration is not served by this version")
+    @stream
+    async def Calibrate(self, request: wk.CalibrateRequest, context: Context) -> AsyncIterator[wk.CalibrateResponse]:
+        authorization = metadata_value(context, "authorization")
+        self._keys.operator(authorization)
+        if self._measure is None or self._adopt is None:
+            raise MeshError(Reason.UNIMPLEMENTED, "this process cannot measure itself")
+        async with aclosing(self._measure(request.quick, authorization or "")) as steps:
+            async for step in steps:
+                reply = wk.CalibrateResponse(progress=step.progress, step=step.text)
+                if step.found is not None:
+                    values = step.found.fit.values
+                    refused = await self._adopt(values)
+                    log.info("calibrated", **values, refused=refused)
+                    reply.speed.update({name: f"{value:.6g}" for name, value in values.items()})
+                    reply.report_json = json.dumps({**step.found.report(), "not_adopted": refused})
+                yield reply
 
     @stream
     async def Link(self, frames: AsyncIterator[wk.LinkRequest], context: Context) -> AsyncIterator[wk.LinkResponse]:

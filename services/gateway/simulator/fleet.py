@@ -125,7 +125,7 @@ def _speed(instance: Instance, kind: str, remarks: list[str], planned: Estimate)
         assumed = ", ".join(f"{name} {priors[name]:g}" for name in missing)
         remarks.append(f"{instance.id}: speed is not told; assumed {assumed}")
     values = {name: float(told.get(name, reckoned.get(name, prior))) for name, prior in priors.items()}
-    source = "declared" if told else "catalogue" if reckoned else "prior"
+    source = "declared" if told else "calibrated" if planned.calibrated else "catalogue" if reckoned else "prior"
     return Speed(**values, source=source)
 
 
