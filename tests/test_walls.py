@@ -60,10 +60,10 @@ ENCODERS = ("services/chassis/encoding/*", "services/embedding/*", "services/rer
 ADAPTERS: dict[str, tuple[str, ...]] = {
     "consul": ("registry/consul*.py",),
     "vllm": ("services/llm/engines/vllm*",),
-    "torch": ("services/llm/engines/vllm*", *ENCODERS),
+    "torch": ("services/llm/engines/vllm*", "services/llm/reference.py", *ENCODERS),
     "sentence_transformers": ENCODERS,
     "openvino": ENCODERS,
-    "transformers": ("services/llm/engines/*", *ENCODERS),
+    "transformers": ("services/llm/engines/*", "services/llm/reference.py", *ENCODERS),
     "ray": ("deploy/launch/*",),
 }
 # The client wheel installs with these two and nothing else.

@@ -53,7 +53,7 @@ def command(
 
     read(calibration)  # a file that cannot be read is told before minutes are spent
     with connect.client(gateway, api_key_file, 10) as mesh:
-        whom = _whom(mesh.instances(), instance_id)
+        whom = connect.instance(mesh, instance_id)
     endpoint, last = _measure(whom, connect.api_key(api_key_file), quick=quick, timeout=timeout)
     document = _document(endpoint, last)
     _write(calibration, key_of_endpoint(endpoint), document)
@@ -80,19 +80,10 @@ def file_of_fleet(fleet: Fleet, given: Path | None) -> Path:
 
 
 def of_fleet(fleet: Fleet, given: Path | None) -> Calibrations:
-    """A fleet's measured speeds; a file that was named must be there."""
-    path = file_of_fleet(fleet, given)
-    if path != DEFAULT_FILE and not path.exists():
-        raise Failure(f"--calibration {path}: is not there; `infermesh calibrate ID` writes it", BAD_USAGE)
-    return read(path)
-
-
-def _whom(instances: list[Instance], instance_id: str) -> Instance:
-    for one in instances:
-        if one.id == instance_id and one.address:
-            return one
-    known = ", ".join(sorted(one.id for one in instances)) or "nobody"
-    raise Failure(f"{instance_id} is not registered; {known} is", BAD_USAGE)
+    """A fleet's measured speeds; a file that was given must be there, one that the fleet file names comes in time."""
+    if given is not None and not given.exists():
+        raise Failure(f"--calibration {given}: is not there; `infermesh calibrate ID` writes it", BAD_USAGE)
+    return read(file_of_fleet(fleet, given))
 
 
 def _measure(whom: Instance, key: str, *, quick: bool, timeout: float) -> tuple[Endpoint, CalibrateResponse]:

@@ -12,6 +12,7 @@ from infermesh.cli import BAD_USAGE, Failure
 
 if TYPE_CHECKING:
     from infermesh.client import Client
+    from infermesh.v1.mesh_pb2 import Instance
 
 Gateway = Annotated[str, typer.Option("--gateway", metavar="HOST:PORT[,…]", help="Gateways, or one instance.")]
 ApiKeyFile = Annotated[
@@ -47,6 +48,16 @@ def api_key(file: Path | None) -> str:
         return file.read_text().strip()
     except OSError as error:
         raise Failure(f"--api-key-file {file}: {error.strerror}", BAD_USAGE) from None
+
+
+def instance(mesh: Client, id: str) -> Instance:
+    """A registered instance, to be asked directly."""
+    found = mesh.instances()
+    for one in found:
+        if one.id == id and one.address:
+            return one
+    known = ", ".join(sorted(one.id for one in found)) or "nobody"
+    raise Failure(f"{id} is not registered; {known} is", BAD_USAGE)
 
 
 def only_model(mesh: Client, kind: str, model: str) -> str:

@@ -59,7 +59,7 @@ def command(
     from deploy.launch.commands import Shared
     from deploy.launch.host import this_host
     from deploy.launch.mesh import Where, run_mesh
-    from infermesh.cli.calibrate import file_of_fleet, of_fleet
+    from infermesh.cli.calibrate import file_of_fleet, read
     from infermesh.cli.registry import hosted_registry
     from services.chassis.keys import load_keys
 
@@ -74,7 +74,8 @@ def command(
         plan = _adopted(adopt, adopt_key_file)
     else:
         plan, notes = _default(host, llm_source)
-    of_fleet(plan, calibration)  # a fault in it is told before anything is started; each instance reads it at its start
+    measured = file_of_fleet(plan, calibration)
+    read(measured)  # a fault in it is told before anything is started; each instance reads it at its start
     ours = plan.gateway
     rest = http or ours.http
     where = Where(
@@ -100,6 +101,7 @@ def command(
         otlp=otlp or ours.otlp,
         otlp_ratio=ours.otlp_ratio if otlp_ratio is None else otlp_ratio,
         calibration=str(file_of_fleet(plan, calibration).absolute()),
+        calibration=str(measured.absolute()),
         registry_options={name: value for name, value in consul.items() if value},
     )
     if shared.registry_options and not where.registry.startswith("consul"):
