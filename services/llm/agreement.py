@@ -17,7 +17,7 @@ VERSION = 1
 @dataclass(frozen=True, slots=True)
 class Tolerance:
     """`agreement`: share of positions at which the top token must be the reference's, close races aside; `gap`: by how
-    much [nats] the reference may prefer its token for that; `drift`: mean difference of the tokens' log-probabilities."""
+    much [nats] the reference may prefer its token for that; `drift`: mean difference of log-probabilities [nats]."""
 
     agreement: float
     gap: float
