@@ -32,6 +32,7 @@ VERBS: dict[str, str] = {
     "sim": "Try routing policies and fleets on a trace, in virtual time.",
     "calibrate": "Measure how fast an instance is, for the router, up, plan and sim.",
     "verify": "Check that an instance answers as transformers does with the same weights.",
+    "bench": "Load a gateway: first tokens, pace, throughput, goodput.",
     "record": "Write a trace of live traffic, without prompts, for sim.",
     "drain": "Let an instance finish its work and leave.",
     "undrain": "Take a drain back while the instance still finishes its work.",

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from services.gateway.simulator.trace import BLOCK_TOKENS, Request, Trace, TraceError, chain_of
 
-SHAPES = ("poisson", "bursts", "square", "sine")
+SHAPES = ("poisson", "constant", "bursts", "square", "sine")
 
 
 class Source(Protocol):
@@ -25,10 +25,11 @@ class Source(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """`rps`: mean requests a second. `shape`: poisson; bursts of `burst` at once; square or sine between 1 - `swing`
-    and 1 + `swing` times the mean over `period` seconds. Lengths are lognormal with these means [tokens] and `spread`
-    (σ of the logarithm). `prefixes` > 0: each prompt begins with one of so many prefixes of `prefix` tokens, the
-    n-th taken in proportion to 1/n^`skew`. `degrade`: share of requests that a fallback model may serve."""
+    """`rps`: mean requests a second. `shape`: poisson; constant; bursts of `burst` at once; square or sine
+    between 1 - `swing` and 1 + `swing` times the mean over `period` seconds. Lengths are lognormal with these
+    means [tokens] and `spread` (σ of the logarithm). `prefixes` > 0: each prompt begins with one of so many
+    prefixes of `prefix` tokens, the n-th taken in proportion to 1/n^`skew`. `degrade`: share of requests that a
+    fallback model may serve."""
 
     requests: int = 1000
     rps: float = 1.0
@@ -119,6 +120,8 @@ def _length(mean: float, spread: float, source: Source) -> float:
 def _next(spec: Spec, time: float, index: int, source: Source) -> float:
     if spec.shape == "bursts":
         return time + (source.expovariate(spec.rps / spec.burst) if index % spec.burst == 0 else 0.0)
+    if spec.shape == "constant":
+        return time + (1 / spec.rps if index else 0.0)
     if spec.shape == "poisson":
         return time + source.expovariate(spec.rps)
     while True:  # thinning of a Poisson process at the highest rate
