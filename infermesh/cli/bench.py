@@ -92,13 +92,11 @@ def command(
 
 
 def _requests(path: Path | None, spec: str, seed: int, limit: int) -> Trace:
-    from random import Random
-
     from services.gateway.simulator.arrivals import generate, parse_spec
     from services.gateway.simulator.trace import parse_trace
 
     if path is None:
-        found = generate(parse_spec(spec or DEFAULT_SPEC), Random(seed))
+        found = generate(parse_spec(spec or DEFAULT_SPEC), _random(seed))
     else:
         try:
             with path.open(encoding="utf-8") as lines:
@@ -108,6 +106,12 @@ def _requests(path: Path | None, spec: str, seed: int, limit: int) -> Trace:
     if strange := {request.kind for request in found.requests} - {"llm"}:
         raise Failure(f"requests of kind {', '.join(strange)}: bench sends those of language models only", BAD_USAGE)
     return found.first(limit) if limit else found
+
+
+def _random(seed: int) -> Any:
+    from random import Random
+
+    return Random(seed)
 
 
 def _numbers(option: str, text: str) -> list[float]:
