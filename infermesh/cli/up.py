@@ -100,7 +100,6 @@ def command(
         grace_s=grace_s,
         otlp=otlp or ours.otlp,
         otlp_ratio=ours.otlp_ratio if otlp_ratio is None else otlp_ratio,
-        calibration=str(file_of_fleet(plan, calibration).absolute()),
         calibration=str(measured.absolute()),
         registry_options={name: value for name, value in consul.items() if value},
     )
