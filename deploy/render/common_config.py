@@ -46,12 +46,14 @@ def import_common(raw: Any) -> Imported:
             for name, told in value.items():
                 _model(f"{part}.{name}", KINDS[part], name, told, models, instances, found)
         elif part == "telemetry":
-            found.remarks += _telemetry(value)
+            continue  # below: it is about the instances
         elif part == "port":
             found.document["gateway"] = {"http": f"127.0.0.1:{value}"}
         else:
             told_kinds = ", ".join((*KINDS, "telemetry", "port"))
             found.faults.append(Fault(part, f"has no counterpart in a fleet file (known: {told_kinds})"))
+    if "telemetry" in raw:
+        _telemetry(raw["telemetry"], models, instances, found)
     if not models and not found.faults:
         found.faults.append(Fault("file", f"names no model; one of {', '.join(KINDS)} is needed"))
     cards = [card for instance in instances for card in instance.get("cards", ())]
@@ -153,7 +155,21 @@ def _cards(at: str, device: Any, found: Imported) -> Iterator[int]:
             found.faults.append(Fault(at, f"{word!r} is neither cuda:N nor cpu"))
 
 
-def _telemetry(value: Any) -> Iterator[str]:
-    """Its headers name instance and model; nobody has to ask for that here."""
-    if isinstance(value, dict) and value.get("enable"):
-        yield "telemetry: not taken over; the gateway's log line and `explain` name each request's model and instance"
+def _telemetry(value: Any, models: list[dict[str, Any]], instances: list[dict[str, Any]], found: Imported) -> None:
+    """The ids that callers are told: the server's one pair is that of its LLM, where it has a single instance."""
+    if not isinstance(value, dict) or set(value) - {"enable", "instance_id", "model_id"}:
+        found.faults.append(Fault("telemetry", "must be an object of enable, instance_id, model_id"))
+        return
+    if not value.get("enable"):
+        for instance in instances:
+            instance["telemetry"] = {"enable": False}
+        return
+    llms = {model["id"] for model in models if model["kind"] == "llm"}
+    told = [instance for instance in instances if instance["model"] in llms]
+    ids = {key: value[key] for key in ("instance_id", "model_id") if value.get(key)}
+    if len(told) == 1 and ids:
+        told[0]["telemetry"] = ids
+    elif ids:
+        found.remarks.append(
+            f"telemetry: {', '.join(ids)} not taken over: one name, and {len(told)} LLM instances here"
+        )

@@ -219,6 +219,9 @@ def _faults(fleet: Fleet) -> Iterator[Fault]:
             yield Fault(
                 f"instances[{index}].ray_cluster", f"{cluster!r} is not there; rayClusters has {', '.join(names)}"
             )
+        if instance.telemetry:
+            why = "is for one instance by its id; pods register under their own names"
+            yield Fault(f"instances[{index}].telemetry", why)
         for key, value in instance.labels.items():
             if key in k8s.labels(""):
                 yield Fault(

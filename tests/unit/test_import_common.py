@@ -50,6 +50,15 @@ def test_the_example_is_a_fleet_that_up_would_start() -> None:
     assert [line.partition(":")[0] for line in remarks] == ["telemetry", "bge"]
 
 
+def test_the_ids_that_callers_are_told_are_those_of_the_one_llm() -> None:
+    raw = {"language_model": {"m": {"model_path": "/m"}}, "telemetry": {"enable": True, "instance_id": "gpu-1"}}
+    (one,) = imported(raw).instances
+    assert one.telemetry and one.telemetry.instance_id == "gpu-1" and one.telemetry.enable
+    (one,) = imported({**raw, "telemetry": {"enable": False}}).instances
+    assert one.telemetry and not one.telemetry.enable
+    assert paths({**raw, "telemetry": {"on": 1}}) == ["telemetry"]
+
+
 def test_every_key_without_a_counterpart_is_told_at_once() -> None:
     assert paths(
         {
