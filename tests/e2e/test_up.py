@@ -245,7 +245,7 @@ def test_a_drained_instance_stays_away(tmp_path: Path) -> None:
     ("change", "words", "expected"),
     [
         (("kind: llm", "kind: llm, sorce: x"), (), "models[0].sorce: unknown key; did you mean `source`?"),
-        (("kind: llm", "kind: llm, fallback: demo"), (), "models[0].fallback: not served yet"),
+        (("kind: llm", "kind: llm, fallback: demo"), (), "models[0].fallback: a model is no fallback of itself"),
         (("engine: scripted, speed", "engine: vllm, speed"), (), "models[0].source: engine vllm needs"),
         (("kind: llm", "kind: llm, dtype: fp16"), (), "models[0].dtype: engine scripted of s1 does not take it"),
         (("version: 1", "version: 1\nnodes: [{name: a}, {name: b}]"), (), "--node a | b"),
