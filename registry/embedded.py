@@ -94,7 +94,8 @@ class MeshRegistry:
                 with contextlib.suppress(TimeoutError):
                     # A hold ends and youth passes without a word from anybody.
                     idle = last is not None and not last.young and not merged.holding
-                    await asyncio.wait_for(changed.wait(), None if idle else 0.25)
+                    async with asyncio.timeout(None if idle else 0.25):
+                        await changed.wait()
                 changed.clear()
                 if not merged.known and loop.time() < patience_ends:
                     continue

@@ -81,7 +81,8 @@ class Stay:
                     return
                 # A key may be mended, a full registry may empty.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._changed.wait(), jitter(5.0))
+                    async with asyncio.timeout(jitter(5.0)):
+                        await self._changed.wait()
             except Exception:
                 log.exception("%s: keeping the registration failed; it goes on", self._endpoint.id)
                 self._settle("")

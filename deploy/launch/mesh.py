@@ -172,7 +172,8 @@ async def _watch(
                 screen.end()
                 print(banner(fleet, children, where, registry, notes), flush=True)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(stop.wait(), LOOK_S)
+            async with asyncio.timeout(LOOK_S):
+                await stop.wait()
     return 0
 
 

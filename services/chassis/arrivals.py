@@ -113,7 +113,8 @@ class Arrivals:
     async def wait_idle(self, timeout_s: float) -> bool:
         """True once nothing is in flight, False when the time is over."""
         try:
-            await asyncio.wait_for(self._idle.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

@@ -280,7 +280,8 @@ async def _leave(gateway: Gateway, gateway_id: str, tasks: list[asyncio.Task[Non
     if not hurry and (gateway.registry is not None or not gateway.forwarder.idle.is_set()):
         await asyncio.sleep(SETTLE_S)
     try:
-        await asyncio.wait_for(gateway.forwarder.idle.wait(), grace_s)
+        async with asyncio.timeout(grace_s):
+            await gateway.forwarder.idle.wait()
     except TimeoutError:
         log.warning("grace period over", still_running=gateway.forwarder.budget.live)
     if gateway.rest is not None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 
 import grpc.aio
+import pytest
 from grpc_health.v1 import health_pb2_grpc
 
 from infermesh.v1 import worker_pb2 as wk
 from registry.port import Entry, Snapshot
+from services.gateway.front.console.live import Live
 from services.gateway.observe import Observe
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.decision import Abandon, Lease, Record
@@ -121,3 +124,20 @@ async def test_a_probe_whose_time_passed_while_we_slept_says_nothing() -> None:
     ticks.cancel()
     await carrier.channels.close_all()
     await server.stop(0)
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_what_follows_the_fleet_ends_when_it_is_told_to_in_the_moment_of_a_change(turns: int) -> None:
+    """asyncio.wait_for of Python 3.11 may swallow that cancellation, and a gateway that stops would wait for ever."""
+    async with upstream() as up:
+        live = Live(up.directory, {}, {}, time.time, dict)
+        for job in (up.directory.run(), live.run()):
+            task = asyncio.create_task(job)
+            for _ in range(5):
+                await asyncio.sleep(0)
+            up.carrier.touch()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            done, _ = await asyncio.wait({task}, timeout=2)
+            assert done

@@ -54,7 +54,8 @@ class Tap:
         if not self._waiting:
             self._some.clear()
             try:
-                await asyncio.wait_for(self._some.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._some.wait()
             except TimeoutError:
                 return []
         found: list[Finished] = []

@@ -78,7 +78,8 @@ class Directory:
             changed = self._carrier.changed
             self.tend()
             with suppress(TimeoutError):
-                await asyncio.wait_for(changed.wait(), 1.0)
+                async with asyncio.timeout(1.0):  # wait_for swallows a cancellation that comes with the change
+                    await changed.wait()
 
     def tend(self) -> None:
         """One Link for each instance, none for those that have gone."""

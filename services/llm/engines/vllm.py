@@ -245,7 +245,8 @@ class VllmEngine:
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(gone.wait(), CHECK_S)
+                    async with asyncio.timeout(CHECK_S):
+                        await gone.wait()
                 for process in self._processes:
                     if process.exitcode is not None:
                         return f"vLLM's {process.name} (pid {process.pid}) ended with {_ending(process.exitcode)}"

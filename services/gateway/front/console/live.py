@@ -86,7 +86,8 @@ class Live:
         while True:
             self.look(self.directory.instances(), self._clock())
             with suppress(TimeoutError):
-                await asyncio.wait_for(self.directory.changed(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self.directory.changed()
             await asyncio.sleep(0.05)  # changes come in crowds
 
     def look(self, views: Iterable[InstanceView], now: float) -> None:
