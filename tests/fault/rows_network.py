@@ -66,7 +66,7 @@ async def _cut(ground: Ground, runs: int, cut: Callable[[Host], None]) -> Measur
                 await asyncio.sleep(max(0.0, 3.5 - (time.monotonic() - at)))
                 nexts += [told.next_after(at) for told in hurt if told.at and told.at[0] < at]
                 await asyncio.to_thread(host.heal)
-                await mesh.healthy(within_s=30)
+                await mesh.healthy(within_s=90)
         text = (
             f"{len(noticed)} runs; out of work after {quantile(noticed, 0.5):.2f} s, at most {max(noticed):.2f} s; "
             f"{len(nexts)} streams hit, next token after at most {max(nexts, default=math.nan):.2f} s; {load}"
