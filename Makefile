@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench routing seams peers vllms compat faults constraints clean soak
+.PHONY: help up test setup check protos bench traced routing seams peers vllms compat faults constraints clean soak
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -57,6 +57,10 @@ bench: ## what the gateway costs, measured here (ARGS="--write" puts it into doc
 routing: ## what routing is worth on a trace, simulated (TRACE=mooncake.jsonl); writes docs/routing.md
 	@$(SETUP) main
 	@exec $(BIN)/python tests/bench/routing.py --trace $(TRACE) $(ARGS)
+
+traced: ## what spans cost the gateway: none, 1 % and all of them, in turns (ARGS="--requests 4000")
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.bench.traced $(ARGS)
 
 faults: ## break things on purpose, a row of the fault matrix each (ROW=21, ROW=1-13; ARGS="--write" for docs/faults.md)
 	@$(SETUP) main

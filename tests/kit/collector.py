@@ -36,12 +36,13 @@ class Span:
 
 @dataclass
 class Collector:
-    """`hangs`: takes requests and never answers. `raw` is all that came, as text."""
+    """`hangs`: takes requests and never answers. `keep`: what comes, in `spans`, and in `raw` as text."""
 
     address: str = ""
     spans: list[Span] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
     hangs: bool = False
+    keep: bool = True
     calls: int = 0
 
     async def export(self, request: Any, context: Any) -> Any:
@@ -50,6 +51,8 @@ class Collector:
         self.calls += 1
         if self.hangs:
             await asyncio.sleep(3600)
+        if not self.keep:
+            return otlp.ExportTraceServiceResponse()
         self.raw.append(str(request))
         for of_process in request.resource_spans:
             process = _plain(of_process.resource.attributes)
