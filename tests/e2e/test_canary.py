@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
 import pytest
 
 from tests.kit.answering import answering_mesh
+from tests.kit.children import Child, infermesh
 from tests.kit.collector import collector
 from tests.kit.embedding import MODEL
+from tests.kit.mesh import until
 
 pytestmark = [
     pytest.mark.real,
@@ -21,16 +24,28 @@ DEBUG = ("--log-level", "debug")
 SPEED = ("--prefill-tps", "1e6", "--step-ms", "1", *DEBUG)
 
 
-async def test_no_sink_holds_a_prompt(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+async def _ready(session: aiohttp.ClientSession) -> bool:
+    """All four instances are known to the gateway."""
+    async with session.get("/readyz") as answer:
+        return answer.status == 200 and (await answer.json())["instances"] == 4
+
+
+async def test_no_sink_holds_a_prompt(tmp_path: Path) -> None:
     past = tmp_path / "past"
     async with collector() as sink:
         spans = ("--otlp", sink.address)
         llms = {"whole": (*SPEED, *spans), "broken": (*SPEED, *spans, "--fail-after-tokens", "2")}
-        own = {"http": "127.0.0.1:0", "otlp": sink.address, "explain_dir": past, "log_level": "debug"}
-        async with (
-            answering_mesh(tmp_path, llms, (*DEBUG, *spans), **own) as mesh,
-            aiohttp.ClientSession(f"http://{mesh.http}") as session,
-        ):
+        async with AsyncExitStack() as stack:
+            mesh = await stack.enter_async_context(answering_mesh(tmp_path, llms, (*DEBUG, *spans)))
+            doors = ("--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--grace-s", "1")
+            words = infermesh(
+                "gateway", "--registry", mesh.registry, *doors, "--explain-dir", str(past), *DEBUG, *spans
+            )
+            gateway = Child(tmp_path, "gateway", words)  # a process of its own: loggers keep the level they began with
+            stack.callback(gateway.destroy)
+            await until(lambda: gateway.serves, 30)
+            session = await stack.enter_async_context(aiohttp.ClientSession(f"http://{gateway.told()['http']}"))
+            await until(lambda: _ready(session), 20)
             said = {"role": "user", "content": f"{CANARY} please"}
             chat = {"model": "chat", "messages": [said], "max_tokens": 8}
             asked = [
@@ -59,9 +74,7 @@ async def test_no_sink_holds_a_prompt(tmp_path: Path, capfd: pytest.CaptureFixtu
             await sink.until(3, "chat chat")
     sinks["spans"] = "".join(sink.raw)
     sinks |= _files(tmp_path)
-    out = capfd.readouterr()
-    sinks["the gateway's log"] = out.out + out.err
-    assert '"event": "request"' in sinks["the gateway's log"]
+    assert '"event": "request"' in sinks[str(gateway.log)]
     assert any(str(past) in name and text for name, text in sinks.items()), "the ring of past decisions was not written"
     assert [name for name, text in sinks.items() if CANARY in text] == []
 

@@ -108,6 +108,7 @@ async def running_mesh(
                 "ready_file": ready,
                 "grace_s": 5,
                 "log_level": "warning",
+                "explain_dir": folder / "explain",
                 **settings,
             }
         )
