@@ -135,7 +135,7 @@ class Fleet:
             return float("inf")
         return time.monotonic() - since
 
-    async def healthy(self, *ids: str, within_s: float = 90.0) -> None:  # as long as an ejection may last
+    async def healthy(self, *ids: str, within_s: float = 20.0) -> None:
         wanted = ids or tuple(self.llms)
         took = await self.until(lambda states: all(states.get(id) == "healthy" for id in wanted), within_s)
         assert took <= within_s + 5, f"not healthy within {within_s} s: {await self.states()}"
