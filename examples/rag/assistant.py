@@ -13,7 +13,7 @@ CANDIDATES = 50  # of the store, for the reranker
 SHOWN = 5
 ADDED = 1  # passages that a follow-up brings along
 MOST_PINNED = 12
-MOST_OF_A_DOCUMENT = 16  # passages of 900 characters: about 7,000 tokens of the smallest model that `up` starts
+MOST_OF_A_DOCUMENT = 16  # passages of 800 characters: about 6,200 tokens of the smallest model that `up` starts
 
 
 class Assistant:

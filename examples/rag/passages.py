@@ -6,8 +6,9 @@ import re
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import PurePath
 
-LONGEST = 900  # characters: about what all-MiniLM-L6-v2 reads (256 tokens)
+LONGEST = 800  # characters: what all-MiniLM-L6-v2 reads of dense technical prose (256 tokens)
 SPACE = uuid.UUID("9f0a7c3e-6d3b-4f0e-9a53-1d1f4d1c2b57")
 _HEADING = re.compile(r"(#{1,6})\s+(.*)")
 _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n")
@@ -15,7 +16,8 @@ _SENTENCE = re.compile(r"(?<=[.!?。！？])\s+|\n")
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """A piece of a document. `text` begins with where it is from, which helps both the vectors and the reader."""
+    """A piece of a document. `text` begins with the document's name, which helps both the vectors and the reader, and
+    without its folder, which would say where somebody keeps it."""
 
     document: str
     position: int
@@ -34,8 +36,9 @@ class Passage:
 def split(document: str, text: str) -> list[Passage]:
     """Markdown by headings and paragraphs, anything else by paragraphs; what is too long by sentences."""
     found: list[Passage] = []
+    name = re.sub(r"[-_]+", " ", PurePath(document).stem)
     for heading, body in _sections(text):
-        title = f"{document} › {heading}" if heading else document
+        title = (f"{name} › {heading}" if heading else name)[: LONGEST // 3]
         for piece in _packed(body, LONGEST - len(title) - 1):
             found.append(Passage(document, len(found), f"{title}\n{piece}"))
     return found

@@ -79,7 +79,7 @@ async def killed_mid_stream(ground: Ground) -> Measured:
                 mesh.llms[victim].kill()
                 kills.append((at, hurt))
                 mesh.again(victim)
-                await mesh.healthy()
+                await mesh.healthy(within_s=90)  # repeated kills: as long as an ejection may last
         return _pauses(load, kills, calm, 0.5)
 
 

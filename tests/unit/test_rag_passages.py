@@ -26,14 +26,16 @@ Second paragraph.
 
 
 def test_passages_follow_headings_and_say_where_they_are_from() -> None:
-    assert [one.text for one in split("a.md", TEXT)] == [
-        "a.md\nBefore any heading.",
-        "a.md › Routing\nFirst paragraph.\n\nSecond paragraph.",
-        "a.md › Routing › Cost\n```\n# a comment, not a heading\n```",
+    assert [one.text for one in split("notes/on-the_way.md", TEXT)] == [
+        "on the way\nBefore any heading.",
+        "on the way › Routing\nFirst paragraph.\n\nSecond paragraph.",
+        "on the way › Routing › Cost\n```\n# a comment, not a heading\n```",
     ]
     one, two = split("b.txt", "word " * 120 + "\n\n" + "other " * 90)
-    assert one.text.startswith("b.txt\nword") and two.text.startswith("b.txt\nother") and two.position == 1
+    assert one.text.startswith("b\nword") and two.text.startswith("b\nother") and two.position == 1
     assert one.id != two.id and one.document_id == two.document_id
+    (long,) = split("c.md", "# " + "heading " * 300 + "\nwhat it says")
+    assert long.text.endswith("what it says") and len(long.text) <= LONGEST
     assert split("empty.md", " \n\n# Only a heading\n") == []
 
 
