@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -122,7 +123,9 @@ def _answer(assistant: Assistant, question: str) -> None:
     print()
     for number, passage in enumerate(assistant.shown, 1):
         pinned = " (as before)" if answer.cited[number - 1].pinned else ""
-        say.print(f"  [{number}] {passage.text.splitlines()[0]}{pinned}", style="cyan", markup=False, soft_wrap=True)
+        heading = passage.text.partition("\n")[0].partition(" › ")[2]
+        source = f"{os.path.relpath(passage.document)} › {heading}" if heading else os.path.relpath(passage.document)
+        say.print(f"  [{number}] {source}{pinned}", style="cyan", markup=False, soft_wrap=True)
     for stage in answer.stages:
         if stage.skipped:
             say.print(f"  {stage.name} skipped: {stage.skipped}", style="yellow", markup=False, soft_wrap=True)

@@ -43,6 +43,8 @@ def command(
     if sort not in top_view.SORTS:
         raise Failure(f"--sort: {sort!r} is none of {', '.join(top_view.SORTS)}", BAD_USAGE)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=200, height=100_000)  # a pipe cuts nothing off
     before: list[Instance] = []
     looked = 0.0
     note = ""
@@ -57,11 +59,11 @@ def command(
                 if error.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):
                     raise
                 note = f"as it was {time.monotonic() - looked:.0f} s ago: {error.message}" if looked else error.message
-                return top_view.screen(top_view.rows(before, [], 0.0), sort, note, console.height)
+                return top_view.screen(top_view.rows(before, [], 0.0), sort, note, *console.size)
             now = time.monotonic()
             rows = top_view.rows(shown, before, now - looked)
             before, looked = shown, now
-            return top_view.screen(rows, sort, note, console.height)
+            return top_view.screen(rows, sort, note, *console.size)
 
         if once or not console.is_terminal:
             found = look()

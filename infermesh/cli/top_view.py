@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = {"healthy": "green", "rejected": "red", "lost": "red", "ejected": "red", "banned": "red"}
 SORTS = ("id", "state", "running", "kv")
 BAR = 12
+WIDE = 110  # columns; on fewer the addresses are left out, and the bars are half as long
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +79,8 @@ def ordered(found: Sequence[Row], sort: str) -> list[Row]:
     return sorted(found, key=keys[sort])
 
 
-def screen(found: Sequence[Row], sort: str, note: str, height: int) -> Group:
-    """`note` is said above, `height` lines there are."""
+def screen(found: Sequence[Row], sort: str, note: str, width: int, height: int) -> Group:
+    """`note` is said above; `width` columns and `height` lines there are."""
     healthy = sum(row.state == "healthy" for row in found)
     busy = f"{_sum(found, 'running')} running · {_sum(found, 'waiting')} waiting"
     parts: list[Any] = [
@@ -92,7 +93,7 @@ def screen(found: Sequence[Row], sort: str, note: str, height: int) -> Group:
     ]
     room = max(3, height - 8 - len({(row.kind, row.model) for row in found}))
     shown = ordered(found, sort)
-    parts.append(_instances(shown[:room]))
+    parts.append(_instances(shown[:room], width >= WIDE))
     if len(shown) > room:
         parts.append(Text(f"and {len(shown) - room} more; a taller terminal, --kind or --sort shows them", "dim"))
     parts += [Text(f"{row.id}: {row.why}", "red") for row in shown[:room] if row.why]
@@ -118,14 +119,15 @@ def _models(found: Sequence[Row]) -> Table:
     return table
 
 
-def _instances(found: Sequence[Row]) -> Table:
+def _instances(found: Sequence[Row], wide: bool) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold dim")
     for name in ("INSTANCE", "STATE", "DEVICE"):
         table.add_column(name, no_wrap=True)
     for name in ("RUN", "WAIT", "OURS", "STEPS/S"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("KV", no_wrap=True)
-    table.add_column("ADDRESS", no_wrap=True)
+    if wide:
+        table.add_column("ADDRESS", no_wrap=True)
     for row in found:
         table.add_row(
             row.id,
@@ -135,19 +137,19 @@ def _instances(found: Sequence[Row]) -> Table:
             _number(row.waiting),
             str(row.in_flight),
             "-" if row.steps_s is None else f"{row.steps_s:.1f}",
-            meter(row.kv),
-            row.address,
+            meter(row.kv, BAR if wide else BAR // 2),
+            *((row.address,) if wide else ()),
         )
     return table
 
 
-def meter(ratio: float | None) -> Text:
+def meter(ratio: float | None, length: int = BAR) -> Text:
     """A bar with its percentage."""
     if ratio is None:
         return Text("-")
-    full = round(min(1.0, max(0.0, ratio)) * BAR)
+    full = round(min(1.0, max(0.0, ratio)) * length)
     colour = "red" if ratio > 0.95 else "yellow" if ratio > 0.8 else "green"
-    return Text.assemble(("█" * full, colour), ("░" * (BAR - full), "dim"), f" {ratio:4.0%}")
+    return Text.assemble(("█" * full, colour), ("░" * (length - full), "dim"), f" {ratio:4.0%}")
 
 
 def _number(value: int | None) -> str:

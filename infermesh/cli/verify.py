@@ -43,7 +43,11 @@ def command(
         infermesh verify llm-1 --against qwen.json
     """
     if (record is None) == (against is None):
-        raise Failure("one of --record FILE and --against FILE is needed", BAD_USAGE)
+        raise Failure(
+            "--record FILE makes a reference from the same weights in transformers, where they fit; "
+            "--against FILE compares the instance with it: one of the two is needed",
+            BAD_USAGE,
+        )
     if record is not None:
         _record(record, source, dtype, tokens)
         return 0

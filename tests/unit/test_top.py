@@ -35,9 +35,9 @@ def instance(id: str, state: str = "healthy", steps: int = 0, model: str = "m", 
     )
 
 
-def printed(rows: list[top_view.Row], sort: str = "id", note: str = "", height: int = 40) -> str:
-    console = Console(file=io.StringIO(), width=140, force_terminal=False)
-    console.print(top_view.screen(rows, sort, note, height))
+def printed(rows: list[top_view.Row], sort: str = "id", note: str = "", height: int = 40, width: int = 140) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(top_view.screen(rows, sort, note, width, height))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -52,6 +52,12 @@ def test_a_row_tells_load_and_pace_and_what_nobody_told_is_a_dash() -> None:
     assert line.split()[5:] == ["3", "1", "0", "25.0", "██████░░░░░░", "50%", "127.0.0.1:1"]
     (line,) = [line for line in text.splitlines() if line.startswith("b ")]
     assert line.split()[5:8] == ["-", "-", "0"]
+
+
+def test_eighty_columns_cut_no_number_off() -> None:
+    rows = top_view.rows([instance("embedding-12", "healthy", running=12, waiting=3, kv_used_ratio=0.5)], [], 0.0)
+    text = printed(rows, width=80)
+    assert "…" not in text and "ADDRESS" not in text and "███░░░  50%" in text, text
 
 
 def test_another_life_has_no_pace_yet() -> None:
