@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.gateway.simulator.metrics import quantile, rounded
+from services.gateway.simulator.metrics import latencies, quantile, rounded
 
 LATE_S = 0.05  # by which the client may miss the time at which a request should go out
 
@@ -66,13 +66,7 @@ def summary(run: Run, ttft_s: float, tpot_ms: float) -> dict[str, Any]:
         "span_s": rounded(span),
         "qps": rate(len(done)),
         "output_tokens_per_s": rate(sum(one.output for one in done)),
-        "ttft_mean_s": rounded(sum(ttft) / len(ttft) if ttft else None),
-        "ttft_p50_s": rounded(quantile(ttft, 0.5)),
-        "ttft_p99_s": rounded(quantile(ttft, 0.99)),
-        "tpot_p50_ms": rounded(quantile(tpot, 0.5)),
-        "tpot_p99_ms": rounded(quantile(tpot, 0.99)),
-        "e2e_p50_s": rounded(quantile(e2e, 0.5)),
-        "e2e_p99_s": rounded(quantile(e2e, 0.99)),
+        **latencies(ttft, tpot, e2e),
         "goodput_rps": rate(good),
         "goodput_share": rounded(good / len(run.answers) if run.answers else 0.0),
         "cache_hit_ratio": rounded(sum(one.cached for one in done) / prompt if prompt else 0.0),

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import aiohttp
 import grpc.aio
 import orjson
+import psutil
 
 from infermesh.transport import channel_options
 from infermesh.v1 import embedding_pb2 as em
@@ -118,3 +119,12 @@ async def rest_load(base: str, ask: Ask, *, clients: int, count: int) -> Run:
 
         await one()
         return await closed_loop(one, clients, count)
+
+
+async def watch_idle(idle: list[float]) -> None:
+    """Appends the machine's idle share once a second, until cancelled; what is niced gives way and counts as idle."""
+    psutil.cpu_times_percent()
+    while True:
+        await asyncio.sleep(1.0)
+        times = psutil.cpu_times_percent()
+        idle.append((times.idle + times.nice) / 100)

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import aiohttp
 import orjson
-import psutil
 
 from registry.endpoint import Endpoint
+from tests.bench.load import watch_idle
 from tests.bench.peers_trace import Ask
 from tests.kit.children import Child, infermesh
 
@@ -165,7 +165,7 @@ async def drive(url: str, asks: Sequence[Ask]) -> Run:
         await _until_served(session, url)
         await _warm_up(session, url)
         run = Run([Seen(ask.at) for ask in asks])
-        watch = asyncio.create_task(_watch(run.idle))
+        watch = asyncio.create_task(watch_idle(run.idle))
         begun = time.perf_counter() + 0.5
         await asyncio.gather(
             *(_one(session, url, body, begun, seen) for body, seen in zip(bodies, run.seen, strict=True))
@@ -229,11 +229,3 @@ async def _warm_up(session: aiohttp.ClientSession, url: str) -> None:
                 raise SystemExit(f"warming up: {seen.fault}")
 
     await asyncio.gather(*(client() for _ in range(4)))
-
-
-async def _watch(idle: list[float]) -> None:
-    psutil.cpu_times_percent()
-    while True:
-        await asyncio.sleep(1.0)
-        times = psutil.cpu_times_percent()
-        idle.append((times.idle + times.nice) / 100)

@@ -21,6 +21,7 @@ from infermesh.transport import channel_options
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import language_model_pb2_grpc as lm_grpc
 from registry.endpoint import Speed
+from tests.bench.load import watch_idle
 from tests.bench.peers_run import ROOT
 from tests.kit.children import Child, infermesh
 from tests.kit.llm import PYTHON, llm_python
@@ -196,7 +197,7 @@ async def drive(asks: Sequence[Ask], addresses: Sequence[str]) -> Run:
             for address in addresses
         ]
         stubs: list[Any] = [lm_grpc.LanguageModelServiceStub(channel) for channel in channels]
-        watch = asyncio.create_task(_watch(run.idle))
+        watch = asyncio.create_task(watch_idle(run.idle))
         begun = time.perf_counter() + 0.2
         pairs = zip(asks, run.seen, strict=True)
         await asyncio.gather(
@@ -215,11 +216,3 @@ async def one(stub: Any, ask: Ask, due: float, seen: Seen) -> None:
         if seen.ttft < 0:
             seen.ttft = time.perf_counter() - due
             seen.cached, seen.instance = event.started.cached_tokens, event.started.instance_id
-
-
-async def _watch(idle: list[float]) -> None:
-    psutil.cpu_times_percent()
-    while True:
-        await asyncio.sleep(1.0)
-        times = psutil.cpu_times_percent()
-        idle.append((times.idle + times.nice) / 100)

@@ -35,17 +35,24 @@ def summary(run: Run, site: Site) -> dict[str, Any]:
         "completed": len(done),
         "shed": sum(1 for job in run.jobs if job.shed),
         "degraded": sum(1 for job in done if job.degraded),
-        "ttft_mean_s": rounded(sum(ttft) / len(ttft) if ttft else None),
-        "ttft_p50_s": rounded(quantile(ttft, 0.5)),
-        "ttft_p99_s": rounded(quantile(ttft, 0.99)),
-        "tpot_p50_ms": rounded(quantile(paced, 0.5)),
-        "tpot_p99_ms": rounded(quantile(paced, 0.99)),
-        "e2e_p50_s": rounded(quantile(e2e, 0.5)),
-        "e2e_p99_s": rounded(quantile(e2e, 0.99)),
+        **latencies(ttft, paced, e2e),
         "goodput_rps": rounded(good / span if span > 0 else 0.0),
         "goodput_share": rounded(good / len(run.jobs) if run.jobs else 0.0),
         "cache_hit_ratio": rounded(sum(job.cached for job in done) / prompt if prompt else 0.0),
         "instances": instances,
+    }
+
+
+def latencies(ttft: Sequence[float], tpot: Sequence[float], e2e: Sequence[float]) -> dict[str, Any]:
+    """Of completed requests: `ttft` and `e2e` [s], `tpot` [ms]; None where there was none."""
+    return {
+        "ttft_mean_s": rounded(sum(ttft) / len(ttft) if ttft else None),
+        "ttft_p50_s": rounded(quantile(ttft, 0.5)),
+        "ttft_p99_s": rounded(quantile(ttft, 0.99)),
+        "tpot_p50_ms": rounded(quantile(tpot, 0.5)),
+        "tpot_p99_ms": rounded(quantile(tpot, 0.99)),
+        "e2e_p50_s": rounded(quantile(e2e, 0.5)),
+        "e2e_p99_s": rounded(quantile(e2e, 0.99)),
     }
 
 
