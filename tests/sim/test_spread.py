@@ -1,8 +1,9 @@
-"""How work spreads: a document that everybody asks for, and an operator's split."""
+"""How work spreads: a document that everybody asks for, and an operator's split and what it costs."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
@@ -32,6 +33,11 @@ instances:
      speed: {prefill_tps: 4000, prefill_doubling_ctx: 55000, step_ms: 10, kv_us_per_ktoken: 12}}
 routing: {split: {A800-80G: 6, H20-96G: 4}}
 """
+
+
+TIERS = (
+    Path(__file__).parents[2] / "deploy/examples/tiers.yaml"
+).read_text()  # split 6:4, long prompts on the H20 only
 
 
 def ran(fleet: str, spec: str, name: str = "infermesh") -> tuple[Run, Site]:
@@ -65,3 +71,18 @@ def test_a_split_of_6_to_4_is_kept_to_the_percent_while_the_fleet_is_full() -> N
         if last * 0.2 < job.sent < last:  # while requests wait
             tokens[job.instance[0]] += job.request.prompt + job.output
     assert abs(tokens["a"] / tokens.total() - 0.6) <= 0.01, tokens
+
+
+@pytest.mark.parametrize("rps", [1, 2, 2.5])
+def test_a_split_costs_next_to_nothing_while_the_fleet_keeps_up(rps: float) -> None:
+    spec = f"requests=300,rps={rps},prompt=2000,output=200"
+    free = TIERS.replace("  split: {A800-80G: 6, H20-96G: 4}", "")
+    assert free != TIERS
+    run, _ = ran(TIERS, spec)
+    assert mean_ttft(run) <= 1.15 * mean_ttft(ran(free, spec)[0])
+    assert mean_ttft(run) <= mean_ttft(ran(TIERS, spec, "least_request")[0])
+
+
+def test_a_split_starves_nobody() -> None:
+    run, _ = ran(TIERS, "requests=300,rps=4,prompt=2000,output=200")
+    assert all(0 <= job.first < 300 for job in run.jobs), "the last one came after 75 s"

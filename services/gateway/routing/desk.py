@@ -145,7 +145,7 @@ class Desk:
         if self.policy.split and facts.kind == "llm":
             tokens = record.prompt_tokens + record.output_tokens
             pool = self.fleet.pools[facts.kind, facts.model]
-            self.split.served(instance, tokens, pool, saturated=bool(self.queue.tickets), now=now)
+            self.split.served(instance, tokens, pool, now)
         life = (instance.id, instance.endpoint.incarnation)
         return Lease(self._seq, *life, facts, record, pulse, entry.work, entry.prompt + entry.output, grant)
 

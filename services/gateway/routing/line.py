@@ -62,12 +62,13 @@ class Waiting:
 @dataclass(slots=True)
 class Line:
     """`seconds`: work of all that stand here; `sizes`: of those who are not late, by power of two, and `late_sizes`: of
-    those who are; `overdue`: those who are, by ticket, in the order in which that was seen. `others_*`: those who wait
-    for the same instance in other gateways, by its word."""
+    those who are, `late` in number; `overdue`: those who are, by ticket, in the order in which that was seen.
+    `others_*`: those who wait for the same instance in other gateways, by its word."""
 
     tenants: dict[str, list[tuple[Key, Waiting]]] = field(default_factory=dict)
     seconds: float = 0.0
     count: int = 0
+    late: int = 0
     sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
     late_sizes: list[float] = field(default_factory=lambda: [0.0] * SIZES)
     overdue: dict[int, Waiting] = field(default_factory=dict)
@@ -80,6 +81,7 @@ class Line:
         insort(self.tenants.setdefault(waiting.facts.tenant, []), (waiting.key, waiting), key=_key)
         self.count += 1
         self.seconds += work
+        self.late += waiting.late
         (self.late_sizes if waiting.late else self.sizes)[_size(work)] += work
         if waiting.overdue:
             self.overdue[waiting.ticket] = waiting
@@ -92,6 +94,7 @@ class Line:
         self.overdue.pop(waiting.ticket, None)
         waiting.home = ""
         self.count -= 1
+        self.late -= waiting.late
         if self.count:
             self.seconds -= waiting.work
             (self.late_sizes if waiting.late else self.sizes)[_size(waiting.work)] -= waiting.work

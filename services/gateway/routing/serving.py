@@ -110,6 +110,9 @@ def yield_waiting(desk: Desk, now: float) -> list[Effect]:
 def serve_all(desk: Desk, now: float) -> list[Effect]:
     """What time alone makes possible."""
     effects: list[Effect] = []
+    if desk.policy.split:
+        for pool in desk.fleet.pools.values():
+            desk.split.settle(pool, now)
     if not desk.queue.tickets:
         return effects
     for waiting in list(desk.queue.unplaced.values()):
@@ -120,10 +123,7 @@ def serve_all(desk: Desk, now: float) -> list[Effect]:
     lanes = list(desk.queue.requests)
     seen: set[str] = set()
     for lane in lanes:
-        pool = desk.fleet.pools.get(lane, ())
-        if desk.policy.split:
-            desk.split.settle(pool, saturated=True)
-        for instance in pool:
+        for instance in desk.fleet.pools.get(lane, ()):
             if instance.id not in seen:
                 seen.add(instance.id)
                 effects += serve(desk, instance, now)

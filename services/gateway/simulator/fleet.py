@@ -60,6 +60,8 @@ def site_of(fleet: Fleet, planned: Mapping[str, Estimate] = NOTHING) -> Site:
     endpoints = tuple(
         _endpoint(fleet, instance, remarks, planned.get(instance.id, Estimate())) for instance in fleet.instances
     )
+    if fleet.routing.split:
+        remarks.append("routing.split binds infermesh alone: no peer's policy knows of it")
     return Site(
         endpoints=endpoints,
         models=models,
