@@ -90,7 +90,7 @@ def _measure(whom: Instance, key: str, *, quick: bool, timeout: float) -> tuple[
     """The instance as it was before, and the last message of its calibration."""
     import grpc
 
-    from infermesh.client.addresses import as_error, metadata
+    from infermesh.client.addresses import as_error
     from infermesh.transport import channel_options
     from infermesh.v1.worker_pb2 import CalibrateRequest, DescribeRequest
     from infermesh.v1.worker_pb2_grpc import WorkerServiceStub
@@ -101,7 +101,9 @@ def _measure(whom: Instance, key: str, *, quick: bool, timeout: float) -> tuple[
         stub: Any = WorkerServiceStub(channel)
         try:
             told = stub.Describe(DescribeRequest(), timeout=10)
-            for message in stub.Calibrate(CalibrateRequest(quick=quick), metadata=metadata(key), timeout=timeout):
+            for message in stub.Calibrate(
+                CalibrateRequest(quick=quick), metadata=connect.operator_pass(key, address, timeout), timeout=timeout
+            ):
                 remark(f"{message.progress:4.0%}  {message.step}")
                 last = message
         except grpc.RpcError as error:

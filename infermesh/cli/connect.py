@@ -50,6 +50,13 @@ def api_key(file: Path | None) -> str:
         raise Failure(f"--api-key-file {file}: {error.strerror}", BAD_USAGE) from None
 
 
+def operator_pass(key: str, address: str, life_s: float) -> tuple[tuple[str, str], ...]:
+    """What is shown to an instance, whose address others could have registered, instead of the operator's key."""
+    from services.chassis.passes import Passes
+
+    return (("authorization", Passes(key).show(address, life_s)),) if key else ()
+
+
 def instance(mesh: Client, id: str) -> Instance:
     """A registered instance, to be asked directly."""
     found = mesh.instances()

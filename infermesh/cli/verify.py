@@ -94,7 +94,7 @@ def _reference(path: Path) -> dict[str, Any]:
 def _compare(id: str, reference: dict[str, Any], gateway: str, key_file: Path | None, timeout: float) -> dict[str, Any]:
     import grpc
 
-    from infermesh.client.addresses import as_error, metadata
+    from infermesh.client.addresses import as_error
     from infermesh.transport import channel_options
     from infermesh.v1.language_model_pb2_grpc import LanguageModelServiceStub
     from services.llm.agreement import Agreement, tolerance_of
@@ -104,7 +104,8 @@ def _compare(id: str, reference: dict[str, Any], gateway: str, key_file: Path | 
     name, tolerance = tolerance_of(whom.metadata.get("dtype", ""), whom.metadata.get("quantization", ""))
     agreement, faults = Agreement(), []
     with grpc.insecure_channel(whom.address, channel_options()) as channel:
-        asked = _Asked(LanguageModelServiceStub(channel), whom.model, metadata(connect.api_key(key_file)), timeout)
+        shown = connect.operator_pass(connect.api_key(key_file), whom.address, timeout * len(reference["prompts"]))
+        asked = _Asked(LanguageModelServiceStub(channel), whom.model, shown, timeout)
         try:
             faults += asked.tokenizer_faults(reference)
             for number, prompt in enumerate(reference["prompts"]):

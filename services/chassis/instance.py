@@ -36,8 +36,9 @@ from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import Identity
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
+from services.chassis.passes import Passes
 from services.chassis.ready import tell_ready
-from services.chassis.registering import connect_registry
+from services.chassis.registering import connect_registry, operator_key
 from services.chassis.server import Phase, Server
 from services.chassis.settings import InstanceSettings, split_address
 from services.chassis.signals import Stop
@@ -56,6 +57,7 @@ class InstanceContext:
     identity: Identity
     arrivals: Arrivals
     keys: Keys
+    passes: Passes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
     instance_id = settings.instance_id or f"{settings.kind}-{socket.gethostname()}-{port or os.getpid()}"
     configure_logs(settings.log_level, instance=instance_id, kind=settings.kind)
     try:
-        keys = load_keys(settings.keys)
+        passes = _passes(settings)
+        keys = load_keys(settings.keys, passes)
         address = advertised(settings.advertise, host, settings.registry)
         registry = connect_registry(settings)
         calibrations = read_calibrations(settings.calibration)
@@ -85,7 +88,7 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
         return _refuse(error)
     stop = Stop()
     identity = Identity(instance_id, secrets.randbits(64), settings.model)
-    context = InstanceContext(settings, identity, Arrivals(), keys)
+    context = InstanceContext(settings, identity, Arrivals(), keys, passes)
     program = build(context)
     try:
         return await _live(context, program, registry, address, stop, calibrations)
@@ -158,6 +161,8 @@ async def _live(
             pid=os.getpid(),
             version=infermesh.__version__,
         )
+        if context.passes is not None:
+            context.passes.address = endpoint.address
         context.arrivals.room.fit(endpoint, program.load)
         if spans is not None:
             spans.serve(endpoint)
@@ -178,6 +183,18 @@ async def _live(
         await server.stop(0.2)
         if spans is not None:
             await spans.close()
+
+
+def _passes(settings: InstanceSettings) -> Passes | None:
+    """Those that gateways show here.
+
+    Raises:
+        ValueError: an instance of a mesh has keys, and nothing to know its gateways by.
+    """
+    key = operator_key(settings)
+    if settings.keys and settings.registry and not key:
+        raise ValueError("--keys: gateways prove who they are by the operator's key; name it with --operator-key-file")
+    return Passes(key) if key else None
 
 
 def read_calibrations(path: Path | None) -> Calibrations:

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from infermesh.errors import MeshError, Reason
+from services.chassis.passes import SCHEME, Passes
 
 
 class Key(BaseModel):
@@ -29,6 +30,9 @@ class Key(BaseModel):
     role: Literal["client", "operator"] = "client"
     models: tuple[str, ...] = ()
     tokens_per_minute: int = Field(default=0, ge=0)
+
+
+MESH = Key(sha256="0" * 64, tenant="mesh", role="operator")  # whoever shows a pass; no key has this sum
 
 
 class KeyFile(BaseModel):
@@ -51,16 +55,18 @@ class KeyFile(BaseModel):
 
 
 class Keys:
-    """The keys of one process. None at all means an open process (loopback, or `--insecure`)."""
+    """The keys of one process. None at all means an open process (loopback, or `--insecure`). `passes`: also lets those
+    through who show one, as operators."""
 
-    def __init__(self, keys: tuple[Key, ...] = ()) -> None:
+    def __init__(self, keys: tuple[Key, ...] = (), passes: Passes | None = None) -> None:
         self._keys = {key.sha256: key for key in keys}
+        self._passes = passes
 
     def __bool__(self) -> bool:
         return bool(self._keys)
 
     def who(self, authorization: str | None) -> Key | None:
-        """The key behind an `authorization: Bearer …` value; None when this process has no keys.
+        """The key behind an `authorization: Bearer …` (or `Mesh …`) value; None when this process has no keys.
 
         Raises:
             MeshError: UNAUTHENTICATED.
@@ -68,6 +74,11 @@ class Keys:
         if not self._keys:
             return None
         scheme, _, secret = (authorization or "").partition(" ")
+        if scheme.lower() == SCHEME:
+            if self._passes is None:
+                raise MeshError(Reason.UNAUTHENTICATED, "mesh passes are for instances that have --operator-key-file")
+            self._passes.check(secret.strip())
+            return MESH
         if scheme.lower() != "bearer" or not secret.strip():
             raise MeshError(Reason.UNAUTHENTICATED, "an API key is needed: authorization: Bearer KEY")
         digest = hashlib.sha256(secret.strip().encode()).hexdigest()
@@ -87,7 +98,7 @@ class Keys:
             raise MeshError(Reason.PERMISSION_DENIED, "this needs the operator's key")
 
 
-def load_keys(path: Path | None) -> Keys:
+def load_keys(path: Path | None, passes: Passes | None = None) -> Keys:
     """Reads `keys.yaml`; None gives an open set.
 
     Raises:
@@ -102,7 +113,7 @@ def load_keys(path: Path | None) -> Keys:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     try:
-        return Keys(KeyFile.model_validate(raw).keys)
+        return Keys(KeyFile.model_validate(raw).keys, passes)
     except ValidationError as error:
         lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
         raise ValueError("\n".join(lines)) from None

@@ -23,6 +23,7 @@ from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
+from services.chassis.passes import Passes
 from services.chassis.ready import tell_ready
 from services.chassis.registering import connect_registry, operator_key
 from services.chassis.server import Phase, Server
@@ -157,7 +158,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     bounds = Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s)
     policy = routing.policy(settings.weights)
     router = Router(clock(), bounds, policy=policy, salt=gateway_id)
-    carrier = Carrier(router, Channels(), observe, clock, f"Bearer {key}" if key else "")
+    carrier = Carrier(router, Channels(), observe, clock, Passes(key) if key else None)
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"
     port = split_address(settings.grpc)[1]

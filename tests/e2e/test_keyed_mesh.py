@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 import pytest
@@ -15,6 +18,9 @@ from infermesh.v1 import mesh_pb2 as ms
 from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1 import worker_pb2_grpc
 from infermesh.v1.inference_pb2 import Relay
+from registry.address import open_registry
+from services.chassis.passes import Passes
+from tests.kit.fake_instance import FakeInstance, fake_instance, three_words
 from tests.kit.mesh import running_mesh, until
 
 
@@ -70,3 +76,42 @@ async def test_the_gateways_key_opens_instances_and_a_clients_does_not_act_as_on
         drain = ms.DrainInstanceRequest(instance_id="a")
         await mesh.mesh.DrainInstance(drain, metadata=who("root"))
         assert await asyncio.to_thread(mesh.instances["a"].popen.wait, 10) == 0
+
+
+async def test_who_registers_falsely_learns_nothing_that_opens_another_instance(tmp_path: Path) -> None:
+    """The registry of this mesh takes anybody in, as an open Consul does."""
+    keys, operator = tmp_path / "keys.yaml", tmp_path / "operator.key"
+    sum = hashlib.sha256(b"root").hexdigest()
+    keys.write_text(f"version: 1\nkeys: [{{sha256: {sum}, tenant: o, role: operator}}]")
+    operator.write_text("root")
+    shown: list[str] = []
+    async with running_mesh(tmp_path, {}, keys=keys, operator_key_file=operator) as mesh:
+        await mesh.start("a", "--keys", str(keys), "--operator-key-file", str(operator))
+
+        async def listens(self: FakeInstance, request: object, context: Any) -> None:
+            shown.append(dict(context.invocation_metadata()).get("authorization", ""))
+            await three_words(self, request, context)
+
+        async with fake_instance("rogue", listens) as rogue:
+            registry = open_registry(mesh.registry)
+            await registry.register(replace(rogue.endpoint, model="bait"))
+            bait = lm.ChatRequest(model="bait", messages=chat().messages)
+
+            async def caught() -> bool:
+                with contextlib.suppress(grpc.aio.AioRpcError):
+                    async for _ in mesh.llm.Chat(bait, metadata=who("root")):
+                        pass
+                return bool(shown)
+
+            await until(caught, 10)
+            await registry.close()
+        assert shown[0].startswith("mesh ") and "root" not in shown[0]
+        relayed = chat(relay=Relay(gateway_id="me", tenant="o"))
+        direct = await mesh.direct("a")
+        with pytest.raises(grpc.aio.AioRpcError) as refusal:
+            async for _ in direct.Chat(relayed, metadata=(("authorization", shown[0]),)):
+                pass
+        assert from_rpc(refusal.value).reason is Reason.UNAUTHENTICATED
+        assert "another address" in str(refusal.value.details())
+        mine = (("authorization", Passes("root").show(mesh.instances["a"].address)),)
+        assert [event async for event in direct.Chat(relayed, metadata=mine)]

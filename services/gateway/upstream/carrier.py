@@ -16,6 +16,7 @@ from grpc_health.v1 import health_pb2
 from infermesh.v1 import worker_pb2 as wk
 from registry.endpoint import Endpoint
 from services.chassis.granting import Want
+from services.chassis.passes import Passes
 from services.gateway.observe import Observe
 from services.gateway.routing.decision import Abandon, Close, Decline, Dispatch, Effect, Eject, Lease, Probe, Refuse
 from services.gateway.routing.facts import End, Outcome
@@ -34,12 +35,17 @@ class Carrier:
     """Everything that moves the router goes through here, so that no effect is lost."""
 
     def __init__(
-        self, router: Router, channels: Channels, observe: Observe, clock: Callable[[], float], authorization: str = ""
+        self,
+        router: Router,
+        channels: Channels,
+        observe: Observe,
+        clock: Callable[[], float],
+        passes: Passes | None = None,
     ) -> None:
         self.router = router
         self.channels = channels
         self.now = clock
-        self.metadata = (("authorization", authorization),) if authorization else ()
+        self._passes = passes
         self.changed = asyncio.Event()  # replaced at each change of the fleet
         self._observe = observe
         self._waiters: dict[int, asyncio.Future[Dispatch | Refuse]] = {}
@@ -48,6 +54,10 @@ class Carrier:
         self._said: dict[str, asyncio.Queue[wk.LinkRequest]] = {}  # by instance
         self._effects: deque[Effect] = deque()
         self._doing = False
+
+    def credentials(self, endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
+        """What this gateway shows to an instance."""
+        return (("authorization", self._passes.show(endpoint.address)),) if self._passes is not None else ()
 
     def do(self, effects: Iterable[Effect]) -> None:
         """One after the other, also what they set in motion themselves: a lease for a caller who has gone passes to

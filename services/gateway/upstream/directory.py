@@ -168,7 +168,8 @@ class Directory:
         line = self._carrier.channels.open(instance.endpoint)
         request = wk.DrainRequest(instance_id=instance_id, grace_ms=grace_ms, reason=reason, undo=undo)
         try:
-            reply = await line.worker.Drain(request, metadata=self._carrier.metadata, timeout=DRAIN_TIMEOUT_S)
+            shown = self._carrier.credentials(instance.endpoint)
+            reply = await line.worker.Drain(request, metadata=shown, timeout=DRAIN_TIMEOUT_S)
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error) from None
         return reply.running

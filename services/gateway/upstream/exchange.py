@@ -227,7 +227,7 @@ class Exchange:
         timeout = self._deadline - carrier.now()
         if timeout <= 0:
             raise MeshError(Reason.DEADLINE_EXCEEDED, "the deadline passed before an instance was called")
-        first = kept.began(await attempt.begin(request, timeout, self._metadata(lease, endpoint.model)), endpoint)
+        first = kept.began(await attempt.begin(request, timeout, self._metadata(lease, endpoint)), endpoint)
         self._stop_retrying()
         if kept.under_way:
             self._resumed(endpoint.id)
@@ -274,11 +274,11 @@ class Exchange:
             relay.ClearField("resume")
         return request.SerializeToString()
 
-    def _metadata(self, lease: Lease, model: str) -> tuple[tuple[str, str], ...]:
+    def _metadata(self, lease: Lease, endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
         trace = self._context.trace
         if self._spans is not None:
-            trace = self._spans.attempt(lease, self.attempts, model, self._carrier.greeted(lease))
-        return ((REQUEST_KEY, self._context.request_id), *self._carrier.metadata, *trace.items())
+            trace = self._spans.attempt(lease, self.attempts, endpoint.model, self._carrier.greeted(lease))
+        return ((REQUEST_KEY, self._context.request_id), *self._carrier.credentials(endpoint), *trace.items())
 
     def _after(self, lease: Lease, failure: MeshError, error: BaseException) -> None:
         """After a failed attempt: gives the lease back, then either prepares the next one or raises the failure."""

@@ -74,7 +74,7 @@ class Link:
     async def _frames(self) -> AsyncGenerator[wk.LinkResponse, None]:
         """Frames after a hello that was right."""
         line = self._carrier.channels.open(self._endpoint)
-        call: Any = line.worker.Link(metadata=self._carrier.metadata)
+        call: Any = line.worker.Link(metadata=self._carrier.credentials(self._endpoint))
         talking: asyncio.Task[None] | None = None
         try:
             hello = wk.GatewayHello(
