@@ -96,6 +96,7 @@ class Endpoint:
     tier: str = "primary"
     weight: float = 1.0  # the operator's factor
     zone: str = ""
+    group: str = ""  # of like instances that are scaled together
     weights_version: str = ""
     tokenizer_digest: str = ""
     template_digest: str = ""
@@ -203,6 +204,7 @@ _FIELDS: Final[dict[str, tuple[str, Callable[[str], object]]]] = {
     "tier": ("tier", _one_of(*TIERS)),
     "weight": ("weight", _number(0.001, 1000)),
     "zone": ("zone", str),
+    "group": ("group", str),
     "weights_version": ("weights_version", str),
     "tokenizer_digest": ("tokenizer_digest", str),
     "template_digest": ("template_digest", str),

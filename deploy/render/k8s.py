@@ -33,8 +33,7 @@ from deploy.render.container import (
     slug,
 )
 
-METRIC = "infermesh_gateway_waiting"  # requests that wait for room
-WAITING = "4"  # of them a replica
+METRIC = "infermesh_gateway_desired_replicas"  # of the group that a class is
 PROMETHEUS = "http://prometheus:9090"
 DEVICE_LABEL = "infermesh.dev/device"
 RAY_LABEL = "infermesh.dev/ray-cluster"
@@ -68,8 +67,8 @@ def render_k8s(fleet: Fleet, site: Site, *, autoscaler: str = "hpa", name: str =
         raise FleetError(name, faults)
     files = {} if fleet.registry else {"consul.yaml": k8s.consul(CONSUL)}
     site = replace(site, registry=fleet.registry or f"consul://{k8s.CONSUL}:8500")
-    files["gateway.yaml"] = _gateway(fleet, site)
     classes = classes_of(fleet, site)
+    files["gateway.yaml"] = _gateway(fleet, site, classes)
     for one in classes:
         files[f"{one.name}.yaml"] = _class(fleet, one, site, autoscaler)
     files["kustomization.yaml"] = [
@@ -116,10 +115,11 @@ def label_value(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text)[:63].strip("-._")
 
 
-def _gateway(fleet: Fleet, site: Site) -> list[k8s.Object]:
+def _gateway(fleet: Fleet, site: Site, classes: list[Class]) -> list[k8s.Object]:
     name = "infermesh-gateway"
     made = gateway_container(fleet, site, advertise=f"$(POD_IP):{GRPC}")
-    made = replace(made, arguments=(*made.arguments, "--id", "$(POD_NAME)"))
+    scale = [word for one in classes if one.scaled for word in ("--scale", f"{one.name}={one.least}:{one.most}")]
+    made = replace(made, arguments=(*made.arguments, "--id", "$(POD_NAME)", *scale))
     ports = {"grpc": GRPC, "http": HTTP}
     template = k8s.pod(
         name,
@@ -143,6 +143,8 @@ def _gateway(fleet: Fleet, site: Site) -> list[k8s.Object]:
 def _class(fleet: Fleet, one: Class, site: Site, autoscaler: str) -> list[k8s.Object]:
     instance = one.instances[0]
     made = instance_container(fleet, instance, site, id="$(POD_NAME)", advertise=f"$(POD_IP):{SERVICE}")
+    if one.scaled:
+        made = replace(made, arguments=(*made.arguments, "--group", one.name))
     storage = instance.storage
     kind = "StatefulSet" if storage and storage.access_mode == "ReadWriteOnce" else "Deployment"
     objects = [k8s.service(one.name, {"grpc": SERVICE}, headless=True)]
@@ -190,9 +192,9 @@ def _class(fleet: Fleet, one: Class, site: Site, autoscaler: str) -> list[k8s.Ob
         spec["volumeClaimTemplates"] = [{"metadata": {"name": "models"}, "spec": claim}]
     objects += [k8s.named(kind, "apps/v1", one.name, spec), k8s.disruption_budget(one.name)]
     if scaled and autoscaler == "hpa":
-        objects.append(k8s.horizontal(kind, one.name, one.least, one.most, METRIC, WAITING))
+        objects.append(k8s.horizontal(kind, one.name, one.least, one.most, METRIC))
     elif scaled:
-        objects.append(k8s.scaled_object(kind, one.name, one.least, one.most, METRIC, WAITING, PROMETHEUS))
+        objects.append(k8s.scaled_object(kind, one.name, one.least, one.most, METRIC, PROMETHEUS))
     return objects
 
 
@@ -253,12 +255,11 @@ def _remarks(fleet: Fleet, classes: list[Class], autoscaler: str, site: Site) ->
     if devices:
         yield f"label the nodes: kubectl label node NODE {DEVICE_LABEL}={' | '.join(devices)}"
     if any(one.scaled for one in classes):
-        who = {
-            "hpa": f"the HPA asks for the external metric {METRIC}, which prometheus-adapter serves",
-            "keda": f"KEDA asks Prometheus at {PROMETHEUS}",
-            "none": "min and max are not used: --autoscaler none",
-        }
-        yield f"{who[autoscaler]}; it counts requests that wait for any model"
+        yield {
+            "hpa": f"the HPA asks for the external metric {METRIC}; docs/deploy.md has the rule for prometheus-adapter",
+            "keda": f"KEDA asks Prometheus at {PROMETHEUS} for {METRIC}",
+            "none": f"nothing scales by min and max: --autoscaler none; the gateway still says {METRIC}",
+        }[autoscaler]
     if any(instance.ray_cluster is not None for instance in fleet.instances):
         yield f"ray_cluster: kept as the label {RAY_LABEL}; a pod stands alone and joins no Ray cluster"
     for key in ("grpc", "http"):

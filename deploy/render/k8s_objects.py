@@ -131,35 +131,46 @@ def claim(size_gib: float, storage_class: str, access_mode: str) -> Object:
     return {**spec, "storageClassName": storage_class} if storage_class else spec
 
 
-def horizontal(kind: str, name: str, least: int, most: int, metric: str, target: str) -> Object:
-    """Scales by an external metric, which an adapter (prometheus-adapter) serves to Kubernetes."""
+# Fast to grow, slow to shrink, both decided by the gateways already. The window bridges a gateway that has just started
+# and takes what it finds for wanted, while instances that were ordered before still load.
+BEHAVIOUR = {"scaleUp": {"stabilizationWindowSeconds": 0}, "scaleDown": {"stabilizationWindowSeconds": 300}}
+
+
+def horizontal(kind: str, name: str, least: int, most: int, metric: str) -> Object:
+    """As many replicas as an external metric says, which an adapter (prometheus-adapter) serves to Kubernetes: the
+    metric over an average of 1."""
+    told = {"name": metric, "selector": {"matchLabels": {"group": name}}}
     spec = {
         "scaleTargetRef": {"apiVersion": "apps/v1", "kind": kind, "name": name},
         "minReplicas": least,
         "maxReplicas": most,
         "metrics": [
-            {
-                "type": "External",
-                "external": {"metric": {"name": metric}, "target": {"type": "AverageValue", "averageValue": target}},
-            }
+            {"type": "External", "external": {"metric": told, "target": {"type": "AverageValue", "averageValue": "1"}}}
         ],
-        "behavior": {"scaleDown": {"stabilizationWindowSeconds": 600}},  # a model takes minutes to load again
+        "behavior": BEHAVIOUR,
     }
     return named("HorizontalPodAutoscaler", "autoscaling/v2", name, spec)
 
 
-def scaled_object(kind: str, name: str, least: int, most: int, metric: str, target: str, prometheus: str) -> Object:
-    """The same by KEDA, which asks Prometheus itself."""
+def scaled_object(kind: str, name: str, least: int, most: int, metric: str, prometheus: str) -> Object:
+    """The same by KEDA, which asks Prometheus itself. No answer means no change: read as 0 it would end everything."""
+    query = f'max({metric}{{group="{name}"}})'
     spec = {
         "scaleTargetRef": {"apiVersion": "apps/v1", "kind": kind, "name": name},
+        "pollingInterval": 15,
         "minReplicaCount": least,
         "maxReplicaCount": most,
-        "cooldownPeriod": 600,
+        "advanced": {"horizontalPodAutoscalerConfig": {"behavior": BEHAVIOUR}},
         "triggers": [
             {
                 "type": "prometheus",
                 "metricType": "AverageValue",
-                "metadata": {"serverAddress": prometheus, "query": f"sum({metric})", "threshold": target},
+                "metadata": {
+                    "serverAddress": prometheus,
+                    "query": query,
+                    "threshold": "1",
+                    "ignoreNullValues": "false",
+                },
             }
         ],
     }

@@ -45,6 +45,7 @@ OPTIONS: dict[str, Any] = {
     "tier": Annotated[str | None, typer.Option(help="primary, long-context or fallback.")],
     "weight": Annotated[float | None, typer.Option(help="The operator's factor on its share.")],
     "zone": Annotated[str | None, typer.Option(help="Where it stands.")],
+    "group": Annotated[str | None, typer.Option(help="The group of like instances that it is scaled with.")],
     "max_running": Annotated[int | None, typer.Option(help="Requests that gateways may have here at once.")],
     "device": Annotated[str | None, typer.Option(help="The card, as the hardware catalogue names it.")],
     "fixed_ms": Annotated[float | None, typer.Option(help="Declared speed: milliseconds of a short request.")],

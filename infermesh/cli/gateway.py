@@ -45,6 +45,9 @@ def command(
     objective_tpot_ms: Annotated[
         float | None, typer.Option(help="Milliseconds between two tokens that are aimed at; a metric judges by it.")
     ] = None,
+    scale: Annotated[
+        list[str] | None, typer.Option(help="GROUP=MIN:MAX replicas, for which it says how many there should be.")
+    ] = None,
     time_granularity_s: Annotated[int | None, typer.Option(help="Prompts see the time rounded down to this.")] = None,
     max_body_bytes: Annotated[int | None, typer.Option(help="Largest request.")] = None,
     default_deadline_s: Annotated[float | None, typer.Option(help="For requests that bring none.")] = None,
@@ -104,6 +107,7 @@ def settings_of(given: dict[str, Any]) -> Any:
             name: _variants(models) for name, models in (_pair("alias", text) for text in values.pop("alias", ()))
         },
         "split": dict(_pair("split", text) for text in values.pop("split", ())),
+        "scale": dict(map(_replicas, values.pop("scale", ()))),
         "ttft_s": values.pop("objective_ttft_s", None),
         "tpot_ms": values.pop("objective_tpot_ms", None),
     }
@@ -133,6 +137,14 @@ def _variants(text: str) -> list[dict[str, str]]:
         model, colon, weight = part.rpartition(":")
         found.append({"model": model, "weight": weight} if colon else {"model": part})
     return found
+
+
+def _replicas(text: str) -> tuple[str, dict[str, str]]:
+    name, between = _pair("scale", text)
+    least, colon, most = between.partition(":")
+    if not colon:
+        raise ValueError(f"scale: {text!r} is not GROUP=MIN:MAX, e.g. chat-a800=1:4")
+    return name, {"least": least, "most": most}
 
 
 def _weight(text: str) -> tuple[str, float]:

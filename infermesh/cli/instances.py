@@ -34,6 +34,7 @@ def command(
     """
     with connect.client(gateway, api_key_file, timeout) as mesh:
         rows = [document(instance, time.time()) for instance in mesh.instances(kind=kind)]
+        groups = [] if json else mesh.groups(kind=kind)
     started = _started_here(gateway)
     for row in rows:
         row["pid"] = started.get(row["address"])
@@ -46,6 +47,10 @@ def command(
             print(f"{row['id']}: {row['rejected_reason']}")
         elif row["why"]:
             print(f"{row['id']}: {row['state']} for {row['since_s']:.0f} s: {row['why']}")
+    for group in groups:
+        wanted = f"{group.desired} wanted" if group.desired else "no opinion yet"
+        why = f" ({group.why})" if group.why else ""
+        print(f"group {group.name}: {group.replicas} of {group.least}-{group.most}, {wanted}{why}")
 
 
 def document(instance: Instance, now: float) -> dict[str, Any]:

@@ -38,6 +38,7 @@ def command(
     tier: Annotated[str | None, typer.Option(help="primary, long-context or fallback.")] = None,
     weight: Annotated[float | None, typer.Option(help="The operator's factor on its share.")] = None,
     zone: Annotated[str | None, typer.Option(help="Where it stands.")] = None,
+    group: Annotated[str | None, typer.Option(help="The group of like instances that it is scaled with.")] = None,
     context: Annotated[str | None, typer.Option(help="MIN-MAX tokens of prompt and answer served here.")] = None,
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer that the model takes.")] = None,
     max_running: Annotated[int | None, typer.Option(help="Requests in the batch.")] = None,

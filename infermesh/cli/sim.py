@@ -12,6 +12,7 @@ import typer
 from infermesh.cli import BAD_USAGE, Failure
 from infermesh.cli.connect import Json, Measured
 from infermesh.cli.printing import emit_json, remark
+from infermesh.cli.sim_autoscale import autoscaled, print_autoscaled
 from infermesh.cli.sim_report import compare, print_run, recorded_elsewhere
 
 if TYPE_CHECKING:
@@ -40,6 +41,13 @@ def command(
         float,
         typer.Option(help="Longest wait in infermesh's own queue; 0: as long as it takes, like the peers.", min=0),
     ] = 0,
+    autoscale: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SECONDS",
+            help="Instances come and go between `min` and `max`; a new one starts in so many seconds.",
+        ),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Runs at the same time, a process each.", min=1, max=64)] = 1,
     plot: Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw TTFT and goodput against load.")] = None,
     calibration: Measured = None,
@@ -55,6 +63,7 @@ def command(
         infermesh sim --trace trace.jsonl --fleet fleet.yaml --policy all --load 0.5,0.9,1.1 --jobs 4 --plot load.svg
         infermesh sim --trace mine.jsonl --fleet today.yaml,tomorrow.yaml
         infermesh sim --generate rps=4,prompt=3000,prefixes=8 --fleet today.yaml,tomorrow.yaml --json
+        infermesh sim --generate rps=2,requests=7000,shape=day,period=3600 --fleet fleet.yaml --autoscale 60
     """
     from services.gateway.simulator.sweep import Sweep
 
@@ -68,22 +77,31 @@ def command(
     numbers = _numbers("--load" if load else "--rate", load or rate or "1")
     requests = _trace(trace, generate, seed, limit)
     measured = _measured(requests)
+    if autoscale is not None and (names != ["infermesh"] or len(numbers) > 1 or load or not autoscale >= 0):
+        raise Failure("--autoscale takes seconds, one --rate and the policy infermesh", BAD_USAGE)
     runs: list[dict[str, Any]] = []
     for file in filter(None, fleet.split(",")):
         site = _site(Path(file), calibration)
         _tell_floor(requests, site)
         _tell_unserved(file, requests, site)
         sweep = Sweep(requests, site, _conditions(gateways), _random, seed, _bounds(max_wait_s))
+        if autoscale is not None:
+            run: dict[str, Any] = {"trace": requests.name, "fleet": file, "seed": seed, "rate": numbers[0]}
+            run["start_s"] = autoscale
+            runs.append({**run, "autoscale": autoscaled(sweep, numbers[0], autoscale)})
+            continue
         capacity = _capacity(sweep) if load else None
         rates = [number * capacity if capacity else number for number in numbers]
         found = _all(sweep, names, rates, jobs)
         for number, at in zip(numbers, rates, strict=True):
-            run: dict[str, Any] = {"trace": requests.name, "fleet": file, "seed": seed, "rate": at}
+            run = {"trace": requests.name, "fleet": file, "seed": seed, "rate": at}
             if gateways > 1:
                 run["gateways"] = gateways
             if capacity:
                 run |= {"load": number, "capacity": capacity}
             runs.append({**run, "policies": {name: found[name, at] for name in names}})
+    if autoscale is not None:
+        return _tell_autoscaled(runs, json)
     if measured is not None and (others := recorded_elsewhere(runs[0], measured)):
         remark(f"the trace was recorded on {others}, which {runs[0]['fleet']} does not have: put today's fleet first")
         measured = None
@@ -95,6 +113,17 @@ def command(
     else:
         for run in runs:
             print_run(run)
+
+
+def _tell_autoscaled(runs: list[dict[str, Any]], json: bool) -> None:
+    if json:
+        emit_json(runs[0] if len(runs) == 1 else {"runs": runs})
+        return
+    for run in runs:
+        print(
+            f"{run['trace']} on {run['fleet']}, rate {run['rate']:.4g}; a new instance starts in {run['start_s']:g} s"
+        )
+        print_autoscaled(run["autoscale"])
 
 
 def _policies(text: str) -> list[str]:

@@ -228,6 +228,12 @@ class AsyncClient:
         reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).ListInstances, request, timeout)
         return list(reply.instances)
 
+    async def groups(self, *, kind: str = "", model: str = "", timeout: float | None = None) -> list[mesh_pb2.Group]:
+        """Groups of instances that are scaled, with how many replicas this gateway wants of each."""
+        request = mesh_pb2.ListInstancesRequest(kind=kind, model=model)
+        reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).ListInstances, request, timeout)
+        return list(reply.groups)
+
     async def explain(self, request: mesh_pb2.ExplainRequest, *, timeout: float | None = None) -> str:
         """The decision record, in JSON."""
         reply, _ = await self._unary(lambda channel: MeshServiceStub(channel).Explain, request, timeout)

@@ -225,6 +225,12 @@ class Client:
         reply, _ = self._unary(lambda channel: MeshServiceStub(channel).ListInstances, request, timeout)
         return list(reply.instances)
 
+    def groups(self, *, kind: str = "", model: str = "", timeout: float | None = None) -> list[mesh_pb2.Group]:
+        """Groups of instances that are scaled, with how many replicas this gateway wants of each."""
+        request = mesh_pb2.ListInstancesRequest(kind=kind, model=model)
+        reply, _ = self._unary(lambda channel: MeshServiceStub(channel).ListInstances, request, timeout)
+        return list(reply.groups)
+
     def explain(self, request: mesh_pb2.ExplainRequest, *, timeout: float | None = None) -> str:
         """The decision record, in JSON."""
         reply, _ = self._unary(lambda channel: MeshServiceStub(channel).Explain, request, timeout)

@@ -48,19 +48,25 @@ class ListInstancesResponse(_message.Message):
 
     INSTANCES_FIELD_NUMBER: _builtins.int
     REGISTRY_STALE_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
     registry_stale: _builtins.bool
     """the registry is out of reach; this is the last known set"""
     @_builtins.property
     def instances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Instance]: ...
+    @_builtins.property
+    def groups(self) -> _containers.RepeatedCompositeFieldContainer[Global___Group]:
+        """that are scaled (the gateway's --scale), sorted by name"""
+
     def __init__(
         self,
         *,
         instances: _abc.Iterable[Global___Instance] | None = ...,
         registry_stale: _builtins.bool = ...,
+        groups: _abc.Iterable[Global___Group] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["instances", b"instances", "registry_stale", b"registry_stale"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["groups", b"groups", "instances", b"instances", "registry_stale", b"registry_stale"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -107,6 +113,64 @@ class WatchInstancesResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WatchInstancesResponse: _TypeAlias = WatchInstancesResponse  # noqa: Y015
+
+@_typing.final
+class Group(_message.Message):
+    """Like instances that are scaled together, as this gateway sees them. Of several gateways the highest `desired` counts."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    LEAST_FIELD_NUMBER: _builtins.int
+    MOST_FIELD_NUMBER: _builtins.int
+    DESIRED_FIELD_NUMBER: _builtins.int
+    REPLICAS_FIELD_NUMBER: _builtins.int
+    USE_FIELD_NUMBER: _builtins.int
+    SHORT_FIELD_NUMBER: _builtins.int
+    BACKLOG_S_FIELD_NUMBER: _builtins.int
+    WHY_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    kind: _builtins.str
+    """empty = no member has been seen yet"""
+    model: _builtins.str
+    least: _builtins.int
+    most: _builtins.int
+    desired: _builtins.int
+    """replicas, within least and most; 0 = no opinion yet: leave it as it is"""
+    replicas: _builtins.int
+    """members here now, without those that drain or are lost"""
+    use: _builtins.float
+    """part of `short` that is in use, smoothed"""
+    short: _builtins.str
+    """what runs out first: prefill | decode | kv | slots"""
+    backlog_s: _builtins.float
+    """prompts that are queued and wait, seconds a member"""
+    why: _builtins.str
+    """of the last change"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        kind: _builtins.str = ...,
+        model: _builtins.str = ...,
+        least: _builtins.int = ...,
+        most: _builtins.int = ...,
+        desired: _builtins.int = ...,
+        replicas: _builtins.int = ...,
+        use: _builtins.float = ...,
+        short: _builtins.str = ...,
+        backlog_s: _builtins.float = ...,
+        why: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["backlog_s", b"backlog_s", "desired", b"desired", "kind", b"kind", "least", b"least", "model", b"model", "most", b"most", "name", b"name", "replicas", b"replicas", "short", b"short", "use", b"use", "why", b"why"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Group: _TypeAlias = Group  # noqa: Y015
 
 @_typing.final
 class Instance(_message.Message):

@@ -41,6 +41,7 @@ class InstanceSettings(RegistrySettings):
     tier: Literal["primary", "long-context", "fallback"] = "primary"
     weight: float = Field(default=1.0, ge=0.001, le=1000)
     zone: str = Field(default="", max_length=64)
+    group: str = Field(default="", max_length=64, pattern=r"^[a-zA-Z0-9_.:-]*$")  # that it is scaled with
     context: tuple[int, int] | None = None  # range of prompt + answer served here, tokens
     device: str = ""  # a name of the hardware catalogue; empty = detected
     max_running: int | None = Field(default=None, ge=1, le=1 << 20)
@@ -93,6 +94,7 @@ class InstanceSettings(RegistrySettings):
             tier=self.tier,
             weight=self.weight,
             zone=self.zone,
+            group=self.group,
         )
 
 

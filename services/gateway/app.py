@@ -185,6 +185,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
 
     traffic, decisions = Traffic(), _decisions(settings)
     live = Live(directory, about | {"since": time.time()}, policy.fallbacks, time.time, numbers, decisions)
+    observe.watch_groups(router.groups)
     observe.listeners += [live.finished, traffic.keep, *([decisions.keep] if decisions else [])]
     mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, decisions), server.grpc)
     return Gateway(settings, server, forwarder, directory, carrier, observe, keys, live, decisions, registry)

@@ -11,6 +11,7 @@ from services.chassis.registering import RegistrySettings
 from services.chassis.settings import bind_fault, faults, split_address
 from services.chassis.telemetry import target_of
 from services.gateway.routing.policy import Policy
+from services.gateway.routing.scaling import Between
 
 DEFAULT_PAST = Path(".infermesh/explain")
 DEFAULT_BANS = Path(".infermesh/bans")  # a file a gateway
@@ -48,16 +49,30 @@ class Variant(_Part):
     weight: Share = 1.0
 
 
+class Replicas(_Part):
+    """How many instances a group may have."""
+
+    least: int = Field(default=1, ge=1, le=4096)
+    most: int = Field(ge=1, le=4096)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.least > self.most:
+            raise ValueError(f"{self.least} is above {self.most}")
+        return self
+
+
 class Routing(_Part):
     """`ttft_s`: the wait before the first token beyond which requests that may go to their model's fallback do. With
     `tpot_ms` (0 = none) it is what the metric of the objective judges answers by. `split`: device -> share of tokens
-    while requests wait. `aliases` are sticky for a session."""
+    while requests wait. `aliases` are sticky for a session. `scale`: group -> how many replicas it may have."""
 
     ttft_s: Seconds = 2.0
     tpot_ms: Annotated[float, Field(ge=0, le=86_400_000)] = 0.0
     split: dict[str, Share] = Field(default_factory=dict)
     fallbacks: dict[str, str] = Field(default_factory=dict)
     aliases: dict[str, Annotated[tuple[Variant, ...], Field(min_length=1, max_length=64)]] = Field(default_factory=dict)
+    scale: Annotated[dict[str, Replicas], Field(max_length=256)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _ends(self) -> Self:
@@ -85,7 +100,8 @@ class Routing(_Part):
     def policy(self, weights: dict[str, float]) -> Policy:
         """As the router takes it."""
         aliases = {name: tuple((v.model, v.weight) for v in variants) for name, variants in self.aliases.items()}
-        return Policy(self.ttft_s, self.split, self.fallbacks, aliases, weights)
+        scale = {name: Between(replicas.least, replicas.most) for name, replicas in self.scale.items()}
+        return Policy(self.ttft_s, self.split, self.fallbacks, aliases, weights, self.tpot_ms, scale)
 
 
 class Telemetry(_Part):

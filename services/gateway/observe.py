@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.registry import Collector
 
 from infermesh.errors import MeshError, Reason
 from services.gateway.loop import WINDOW_S, HoldMeter
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.groups import GroupView
 from services.gateway.tracing import Root, Spans, Tracing
 
 OK = "ok"
@@ -55,6 +58,29 @@ class Report:
     facts: Facts | None = None
     resumes: int = 0
     trace_id: str = ""
+
+
+class _Groups(Collector):
+    """One series a group of the settings, however many instances come and go."""
+
+    def __init__(self, read: Callable[[], Sequence[GroupView]]) -> None:
+        self._read = read
+
+    def collect(self) -> Iterator[GaugeMetricFamily]:
+        views = [view for view in self._read() if view.desired]  # a gateway without an opinion has no series
+        for name, text, of in (
+            (
+                "desired_replicas",
+                "Instances that a group should have; of several gateways the highest counts.",
+                "desired",
+            ),
+            ("replicas", "Instances that a group has.", "replicas"),
+            ("group_use", "Part of what runs out first that is in use.", "use"),
+        ):
+            family = GaugeMetricFamily(f"infermesh_gateway_{name}", text, labels=("group",))
+            for view in views:
+                family.add_metric((view.name,), getattr(view, of))
+            yield family
 
 
 class Observe:
@@ -224,6 +250,10 @@ class Observe:
             ("hold_max_wall", "The same with what the machine took away meanwhile.", lambda: meter.longest_wall),
         ):
             Gauge(f"infermesh_gateway_loop_{name}_seconds", text, registry=self.registry).set_function(read)
+
+    def watch_groups(self, read: Callable[[], Sequence[GroupView]]) -> None:
+        """Shows the groups that are scaled, as they are whenever the metrics are read."""
+        self.registry.register(_Groups(read))
 
     async def close(self) -> None:
         if self._tracing is not None:

@@ -83,14 +83,23 @@ def test_storage_decides_the_workload(storage: dict[str, Any] | None, kind: str,
     assert ({"name": "models", "emptyDir": {}} in volumes) == (storage is None)
 
 
-def test_min_and_max_scale_by_the_queue() -> None:
+def test_min_and_max_scale_by_what_the_gateways_say_of_their_group() -> None:
     fleet = fleet_of(instances=[{"id": "i", **SCRIPTED, "min": 2, "max": 5}, {"id": "j", **SCRIPTED, "weight": 2}])
-    (hpa,) = of_kind(objects(fleet), "HorizontalPodAutoscaler").values()
+    found = objects(fleet)
+    (hpa,) = of_kind(found, "HorizontalPodAutoscaler").values()
     assert (hpa["minReplicas"], hpa["maxReplicas"]) == (2, 5)
-    assert hpa["metrics"][0]["external"]["metric"] == {"name": "infermesh_gateway_waiting"}
-    assert "replicas" not in of_kind(objects(fleet), "Deployment")["i"]
+    metric = {"name": "infermesh_gateway_desired_replicas", "selector": {"matchLabels": {"group": "i"}}}
+    assert hpa["metrics"][0]["external"]["metric"] == metric
+    workloads = of_kind(found, "Deployment")
+    assert "replicas" not in workloads["i"]
+    said = {name: parsed(workloads[name]["template"]["spec"]["containers"][0]["args"]) for name in ("i", "j")}
+    assert (said["i"].group, said["j"].group) == ("i", "")
+    gateway = parsed(workloads["infermesh-gateway"]["template"]["spec"]["containers"][0]["args"])
+    assert {name: (one.least, one.most) for name, one in gateway.routing.scale.items()} == {"i": (2, 5)}
     (keda,) = of_kind(objects(fleet, "keda"), "ScaledObject").values()
-    assert keda["triggers"][0]["metadata"]["query"] == "sum(infermesh_gateway_waiting)"
+    (trigger,) = keda["triggers"]
+    assert trigger["metadata"]["query"] == 'max(infermesh_gateway_desired_replicas{group="i"})'
+    assert (trigger["metadata"]["threshold"], trigger["metadata"]["ignoreNullValues"]) == ("1", "false")
     assert of_kind(objects(fleet, "none"), "Deployment")["i"]["replicas"] == 2
 
 

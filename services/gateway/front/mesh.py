@@ -18,6 +18,7 @@ from services.chassis.rpc import Context, stream, unary
 from services.gateway.past.decisions import Decisions, shown
 from services.gateway.past.traffic import Finished, Traffic, traced
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.groups import GroupView
 from services.gateway.routing.policy import may_serve
 from services.gateway.upstream.calls import InstanceView
 from services.gateway.upstream.directory import Directory
@@ -40,8 +41,11 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
     @unary
     async def ListInstances(self, request: ms.ListInstancesRequest, context: Context) -> ms.ListInstancesResponse:
         models = self._models(context)
-        found = self._instances(models, request.kind, request.model)
-        return ms.ListInstancesResponse(instances=found, registry_stale=self._directory.stale)
+        return ms.ListInstancesResponse(
+            instances=self._instances(models, request.kind, request.model),
+            registry_stale=self._directory.stale,
+            groups=self._groups(models, request.kind, request.model),
+        )
 
     @stream
     async def WatchInstances(
@@ -145,6 +149,31 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
             and (not model or may_serve((model,), view.model, view.aliases, aliases))
             and may_serve(models, view.model, view.aliases, aliases)
         ]
+
+    def _groups(self, models: frozenset[str], kind: str, model: str) -> list[ms.Group]:
+        return [
+            group_message(view)
+            for view in self._directory.groups()
+            if (not kind or view.kind == kind)
+            and (not model or view.model == model)
+            and (not models or may_serve(models, view.model, (), self._directory.aliases))
+        ]
+
+
+def group_message(view: GroupView) -> ms.Group:
+    return ms.Group(
+        name=view.name,
+        kind=view.kind,
+        model=view.model,
+        least=view.least,
+        most=view.most,
+        desired=view.desired,
+        replicas=view.replicas,
+        use=view.use,
+        short=view.short,
+        backlog_s=view.backlog_s,
+        why=view.why,
+    )
 
 
 def instance_message(view: InstanceView) -> ms.Instance:

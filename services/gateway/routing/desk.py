@@ -15,6 +15,7 @@ from services.gateway.routing.ejections import Ejections
 from services.gateway.routing.estimate import Estimate
 from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
+from services.gateway.routing.groups import Groups
 from services.gateway.routing.ledger import US, Entry
 from services.gateway.routing.policy import Policy, may_serve, resolve
 from services.gateway.routing.pulse import Awake, Pulse
@@ -34,6 +35,7 @@ class Desk:
         self.index = PrefixIndex()
         self.split = Split(policy.split)
         self.pressure = Pressure(policy.ttft_s)
+        self.groups = Groups(policy.scale, policy.ttft_s, policy.tpot_ms / 1000, policy.law)
         self.born = now
         self.awake = Awake()
         self.looks = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from zlib import crc32
 
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.scaling import USUAL, Between, Law
 
 Variants = tuple[tuple[str, float], ...]  # (model, weight)
 
@@ -14,13 +15,17 @@ Variants = tuple[tuple[str, float], ...]  # (model, weight)
 @dataclass(frozen=True, slots=True)
 class Policy:
     """`split`: device -> share of tokens under saturation. `fallbacks`: model -> the one served instead where a request
-    allows it. `aliases`: name -> weighted models, sticky for a session. `weights`: instance -> factor."""
+    allows it. `aliases`: name -> weighted models, sticky for a session. `weights`: instance -> factor. `ttft_s` and
+    `tpot_ms` (0 = none): the objective. `scale`: group of instances -> how many replicas it may have, by `law`."""
 
     ttft_s: float = 2.0
     split: Mapping[str, float] = field(default_factory=dict)
     fallbacks: Mapping[str, str] = field(default_factory=dict)
     aliases: Mapping[str, Variants] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
+    tpot_ms: float = 0.0
+    scale: Mapping[str, Between] = field(default_factory=dict)
+    law: Law = USUAL
 
 
 def resolve(variants: Variants, facts: Facts, draw: float, serves: Callable[[str], bool]) -> str:

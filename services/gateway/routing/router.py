@@ -6,7 +6,7 @@ done for somebody else comes back as effects. Equal calls give equal answers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from infermesh.errors import Reason
@@ -17,6 +17,7 @@ from services.gateway.routing.decision import Ask, Close, Decision, Effect, Leas
 from services.gateway.routing.desk import Desk
 from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
 from services.gateway.routing.fleet import NOBODY, Fleet, Instance
+from services.gateway.routing.groups import GroupView
 from services.gateway.routing.health import Cause, Link, Standing
 from services.gateway.routing.policy import Policy
 
@@ -109,6 +110,7 @@ class Router:
                 if instance.state is not instance.settled:
                     effects += membership.follow(self._desk, instance, [], now)
         effects += serving.serve_all(self._desk, now)
+        self._desk.groups.look(self.fleet, now)
         self._desk.queue.touched.update(self._desk.queue.homes)
         return effects
 
@@ -221,6 +223,10 @@ class Router:
     @property
     def fleet(self) -> Fleet:
         return self._desk.fleet
+
+    def groups(self) -> Sequence[GroupView]:
+        """The scaled groups and how many replicas each should have, as this gateway sees it."""
+        return self._desk.groups.views()
 
     @property
     def waiting(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from math import exp, log, pi, sin
+from math import cos, exp, log, pi, sin
 from typing import Protocol
 
 from services.gateway.simulator.trace import BLOCK_TOKENS, Request, Trace, TraceError, chain_of
 
-SHAPES = ("poisson", "constant", "bursts", "square", "sine")
+SHAPES = ("poisson", "constant", "bursts", "square", "sine", "day")
+RUSH = (0.70, 0.72)  # of a day, in which twice as many come as would
 
 
 class Source(Protocol):
@@ -26,7 +27,8 @@ class Source(Protocol):
 @dataclass(frozen=True, slots=True)
 class Spec:
     """`rps`: mean requests a second. `shape`: poisson; constant; bursts of `burst` at once; square or sine
-    between 1 - `swing` and 1 + `swing` times the mean over `period` seconds. Lengths are lognormal with these
+    between 1 - `swing` and 1 + `swing` times the mean over `period` seconds; a day that is quietest at its ends and
+    has a rush in the evening. Lengths are lognormal with these
     means [tokens] and `spread` (σ of the logarithm). `prefixes` > 0: each prompt begins with one of so many
     prefixes of `prefix` tokens, the n-th taken in proportion to 1/n^`skew`. `degrade`: share of requests that a
     fallback model may serve."""
@@ -124,9 +126,17 @@ def _next(spec: Spec, time: float, index: int, source: Source) -> float:
         return time + (1 / spec.rps if index else 0.0)
     if spec.shape == "poisson":
         return time + source.expovariate(spec.rps)
+    highest = (1 + spec.swing) * (2 if spec.shape == "day" else 1)
     while True:  # thinning of a Poisson process at the highest rate
-        time += source.expovariate(spec.rps * (1 + spec.swing))
-        phase = (time / spec.period) % 1.0
-        wave = (1.0 if phase < 0.5 else -1.0) if spec.shape == "square" else sin(2 * pi * phase)
-        if source.random() * (1 + spec.swing) < 1 + spec.swing * wave:
+        time += source.expovariate(spec.rps * highest)
+        if source.random() * highest < _level(spec, (time / spec.period) % 1.0):
             return time
+
+
+def _level(spec: Spec, phase: float) -> float:
+    """The rate at this part of the period, as a multiple of the mean."""
+    if spec.shape == "square":
+        return 1 + spec.swing * (1.0 if phase < 0.5 else -1.0)
+    if spec.shape == "sine":
+        return 1 + spec.swing * sin(2 * pi * phase)
+    return (1 - spec.swing * cos(2 * pi * phase)) * (2 if RUSH[0] <= phase < RUSH[1] else 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from deploy.fleet import Fleet, Instance
@@ -11,6 +11,7 @@ from deploy.planner.estimate import Estimate
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.gateway.routing import cost
 from services.gateway.routing.policy import Variants
+from services.gateway.routing.scaling import Between
 from services.gateway.simulator.encoder import EncoderEngine
 from services.gateway.simulator.engine import BUDGET, LlmEngine, Pace
 
@@ -25,7 +26,7 @@ NOTHING: Mapping[str, Estimate] = MappingProxyType({})
 class Site:
     """`models`: kind -> the model of requests that name none; `fallback`: model -> the one that may stand in.
     `aliases`: name -> weighted models. `split`: device -> share of tokens. `budget`: prompt tokens a step, by instance.
-    `remarks`: what was assumed."""
+    `scale`: group -> how many replicas it may have; of each the file describes one. `remarks`: what was assumed."""
 
     endpoints: tuple[Endpoint, ...]
     models: dict[str, str]
@@ -36,6 +37,20 @@ class Site:
     aliases: dict[str, Variants] = field(default_factory=dict)
     budget: dict[str, int] = field(default_factory=dict)
     remarks: tuple[str, ...] = ()
+    scale: dict[str, Between] = field(default_factory=dict)
+
+    def staffed(self, counts: Mapping[str, int]) -> Site:
+        """The site with so many replicas of each group, which stay."""
+        endpoints: list[Endpoint] = []
+        for endpoint in self.endpoints:
+            count = counts.get(endpoint.group, 1) if endpoint.group else 0
+            endpoints += [replica(endpoint, number) for number in range(count)] or [endpoint]
+        return replace(self, endpoints=tuple(endpoints))
+
+
+def replica(endpoint: Endpoint, number: int) -> Endpoint:
+    """One of a group that the file describes once."""
+    return replace(endpoint, id=f"{endpoint.group}-{number}")
 
 
 def site_of(fleet: Fleet, planned: Mapping[str, Estimate] = NOTHING) -> Site:
@@ -75,6 +90,7 @@ def site_of(fleet: Fleet, planned: Mapping[str, Estimate] = NOTHING) -> Site:
         },
         budget=budget,
         remarks=tuple(remarks),
+        scale={item.id: Between(item.min or 1, max(item.min or 1, item.max)) for item in fleet.instances if item.max},
     )
 
 
@@ -106,6 +122,7 @@ def _endpoint(fleet: Fleet, instance: Instance, remarks: list[str], planned: Est
         tier=instance.tier,
         weight=instance.weight,
         zone=node.zone if node else "",
+        group=instance.id if instance.max else "",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from math import isfinite
 from typing import Literal
 
 from registry.endpoint import Endpoint, Speed
@@ -12,6 +13,7 @@ from services.gateway.routing.decision import Ask, Decision, Effect, Lease
 from services.gateway.routing.facts import Facts, LoadReport, Member, Outcome
 from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
+from services.gateway.routing.scaling import Law
 from services.gateway.simulator.fleet import Site
 
 NUMBERS = tuple(item.name for item in fields(Speed) if item.name != "source")
@@ -30,20 +32,25 @@ class Ours:
     tick_s = 0.05
     asks = True
 
-    def __init__(self, name: str = "infermesh", *, blind: bool = False, bounds: Bounds = PATIENT) -> None:
+    def __init__(
+        self, name: str = "infermesh", *, blind: bool = False, bounds: Bounds = PATIENT, law: Law | None = None
+    ) -> None:
+        """`law`: gateways say how many replicas each group of the site should have, by it."""
         self.name = name
+        self._law = law
         self._blind = blind
         self._bounds = bounds
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> RouterGateway:
         known = replace(site, endpoints=blinded(site.endpoints)) if self._blind else site
-        return RouterGateway(directory(known, now, self._bounds), self._blind)
+        return RouterGateway(directory(known, now, self._bounds, self._law), self._blind, known.endpoints)
 
 
 class RouterGateway:
-    def __init__(self, router: Router, blind: bool = False) -> None:
+    def __init__(self, router: Router, blind: bool = False, endpoints: Sequence[Endpoint] = ()) -> None:
         self.router = router
         self._blind = blind
+        self._members = {endpoint.id: Member(endpoint) for endpoint in endpoints}
 
     def pick(self, facts: Facts, now: float, draw: float) -> Decision:
         return self.router.pick(facts, now, draw)
@@ -72,11 +79,36 @@ class RouterGateway:
     def asks(self, now: float) -> list[Ask]:
         return self.router.asks(now)
 
+    # -- a fleet that changes its size ------------------------------------------------------------------------------
 
-def directory(site: Site, now: float, bounds: Bounds = PATIENT) -> Router:
+    def joined(self, endpoint: Endpoint, now: float) -> list[Effect]:
+        self._members[endpoint.id] = Member(endpoint)
+        effects = self.router.update(self._members.values(), now)
+        return effects + self.router.linked(endpoint.id, endpoint.incarnation, now, grants=True)
+
+    def draining(self, endpoint: Endpoint, now: float) -> list[Effect]:
+        return self.router.draining(endpoint.id, endpoint.incarnation, now)
+
+    def gone(self, endpoint: Endpoint, now: float) -> list[Effect]:
+        del self._members[endpoint.id]
+        effects = self.router.goodbye(endpoint.id, endpoint.incarnation, now)
+        return effects + self.router.update(self._members.values(), now)
+
+    def desired(self) -> dict[str, int]:
+        """Replicas by group; a group without an opinion is not there."""
+        return {view.name: view.desired for view in self.router.groups() if view.desired}
+
+
+def directory(site: Site, now: float, bounds: Bounds = PATIENT, law: Law | None = None) -> Router:
     """A router that has known these instances for a while and is linked to all of them."""
     policy = Policy(
-        ttft_s=min(site.ttft_s, LAX_TTFT_S), split=site.split, fallbacks=site.fallback, aliases=site.aliases
+        ttft_s=min(site.ttft_s, LAX_TTFT_S),
+        split=site.split,
+        fallbacks=site.fallback,
+        aliases=site.aliases,
+        tpot_ms=site.tpot_ms if isfinite(site.tpot_ms) else 0.0,
+        scale=site.scale if law else {},
+        law=law or Law(),
     )
     router = Router(now - AGE_S, bounds, policy=policy)
     router.update([Member(endpoint) for endpoint in site.endpoints], now)

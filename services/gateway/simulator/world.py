@@ -9,6 +9,7 @@ from math import exp
 from typing import Any
 
 from infermesh.errors import Reason
+from registry.endpoint import Endpoint
 from services.gateway.routing.decision import Ask, Decision, Decline, Dispatch, Effect, Refuse, Wait
 from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.simulator.door import Door
@@ -54,17 +55,18 @@ class World:
         self._network_s = conditions.network_s
         self._chance = chance
         self._site = site
-        self._endpoints = {endpoint.id: endpoint for endpoint in site.endpoints}
-        self._engines = {
-            endpoint.id: engine_of(endpoint, trace.block_tokens, site.budget.get(endpoint.id, BUDGET))
-            for endpoint in site.endpoints
-        }
-        asking = max(1, conditions.gateways) if policy.asks else 0
-        self._doors = {id: Door(self._endpoints[id], engine, asking) for id, engine in self._engines.items()}
-        self._versions = dict.fromkeys(self._engines, 0)
+        self._block_tokens = trace.block_tokens
+        self._asking = max(1, conditions.gateways) if policy.asks else 0
+        self._endpoints: dict[str, Endpoint] = {}
+        self._engines: dict[str, LlmEngine | EncoderEngine] = {}
+        self._doors: dict[str, Door] = {}
+        self._versions: dict[str, int] = {}
         self._every = 0.0  # seconds between two reports of an instance; 0 where nobody listens
-        self._told: dict[str, tuple[int, float]] = dict.fromkeys(self._engines, (-1, -HEARTBEAT_S))
-        self._timers = dict.fromkeys(self._engines, 0)  # version of each instance's report timer
+        self._told: dict[str, tuple[int, float]] = {}
+        self._timers: dict[str, int] = {}  # version of each instance's report timer
+        self._logs: dict[str, list[tuple[bool, tuple[int, ...]]]] = {}
+        for endpoint in site.endpoints:
+            self._put(endpoint)
         self._idle_since = [0.0 for _ in range(max(1, conditions.gateways))]  # last tick that found nobody waiting
         self._gateways: list[Gateway] = [
             policy.gateway(site, trace.block_tokens, 0.0) for _ in range(max(1, conditions.gateways))
@@ -78,11 +80,17 @@ class World:
         self._count = 0
         self._open = len(self._jobs)
         self._horizon = (self._jobs[-1].request.arrival if self._jobs else 0.0) + conditions.drain_s
-        self._logs: dict[str, list[tuple[bool, tuple[int, ...]]]] = {}
-        if policy.cache_events != "never":
-            for id, engine in self._engines.items():
-                if isinstance(engine, LlmEngine):
-                    engine.cache.log = self._logs[id] = []
+
+    def _put(self, endpoint: Endpoint) -> None:
+        """An instance, idle and with an empty cache."""
+        id = endpoint.id
+        engine = engine_of(endpoint, self._block_tokens, self._site.budget.get(endpoint.group or id, BUDGET))
+        self._endpoints[id], self._engines[id] = endpoint, engine
+        self._doors[id] = Door(endpoint, engine, self._asking)
+        self._versions[id] = self._timers[id] = 0
+        self._told[id] = (-1, -HEARTBEAT_S)
+        if self._policy.cache_events != "never" and isinstance(engine, LlmEngine):
+            engine.cache.log = self._logs[id] = []
 
     def run(self) -> Run:
         heap, now, next_job = self._heap, 0.0, 0

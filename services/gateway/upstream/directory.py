@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 
 import grpc.aio
@@ -18,6 +18,7 @@ from registry.port import Registry, Snapshot
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts, Member
 from services.gateway.routing.fleet import Instance
+from services.gateway.routing.groups import GroupView
 from services.gateway.routing.health import State
 from services.gateway.routing.policy import Variants
 from services.gateway.upstream.bans import BanBoard
@@ -141,6 +142,10 @@ class Directory:
         known = {view.id for view in views}
         views += [_rejected(line) for line in self._snapshot.rejected if line.id not in known and line.kind in KINDS]
         return sorted(views, key=lambda view: view.id)
+
+    def groups(self) -> Sequence[GroupView]:
+        """Those that are scaled, and how many replicas each should have."""
+        return self._carrier.router.groups()
 
     @property
     def healthy(self) -> int:
