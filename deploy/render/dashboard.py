@@ -64,6 +64,14 @@ PANELS = (
         ),
     ),
     Panel(
+        "Instances by group: there are, there should be",
+        "short",
+        (
+            (f"max by (group) ({GATEWAY}_replicas)", "{{group}}"),
+            (f"max by (group) ({GATEWAY}_desired_replicas)", "{{group}} wanted"),
+        ),
+    ),
+    Panel(
         "Longest turn of the event loop",
         "s",
         (

@@ -13,6 +13,7 @@ from services.gateway.observe import Observe
 def exported() -> set[str]:
     observe = Observe()
     observe.watch_loop(HoldMeter())
+    observe.watch_groups(list)
     kinds = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
     return {f"{one.name}{end}" for one in observe.registry.collect() for end in kinds[one.type]}
 
