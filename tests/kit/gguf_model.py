@@ -65,3 +65,63 @@ def _write(path: Path, tensors: list[tuple[str, tuple[int, ...], Q]], number: in
     writer.write_ti_data_to_file()
     writer.close()
     os.truncate(path, path.stat().st_size + size + 4096)
+
+
+WORDS = ("▁the", "▁a", "▁card", "▁model", "▁token", "▁layer", "▁runs", "▁waits", "▁slow", "▁fast", "▁one", "▁two")
+
+
+def tiny_llama(path: Path, layers: int = 4, seed: int = 7) -> Path:
+    """A whole model of the llama architecture with random weights, which llama.cpp loads: 64 wide, a byte vocabulary
+    and a few words, a chat template. The wide initialiser keeps greedy answers from repeating one token."""
+    rng = np.random.default_rng(seed)
+    hidden, heads, kv, inner = 64, 4, 2, 128
+    head = hidden // heads
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
+    kinds = [2, 3, 3, *([6] * 256), *([1] * len(WORDS))]  # unknown, control, byte, normal
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv)
+    writer.add_rope_dimension_count(head)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_file_type(0)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([0.0] * 3 + [-100.0] * 256 + [-float(rank) for rank in range(len(WORDS))])
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_chat_template(
+        "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}assistant: "
+    )
+
+    def put(name: str, *shape: int) -> None:
+        spread = 1.0 if len(shape) == 1 else 2.0 / np.sqrt(shape[-1])
+        values = np.ones(shape) if len(shape) == 1 else rng.normal(0, spread, shape)
+        writer.add_tensor(name, values.astype(np.float32))
+
+    put("token_embd.weight", len(tokens), hidden)
+    for block in range(layers):
+        name = f"blk.{block}"
+        put(f"{name}.attn_norm.weight", hidden)
+        put(f"{name}.attn_q.weight", hidden, hidden)
+        put(f"{name}.attn_k.weight", kv * head, hidden)
+        put(f"{name}.attn_v.weight", kv * head, hidden)
+        put(f"{name}.attn_output.weight", hidden, hidden)
+        put(f"{name}.ffn_norm.weight", hidden)
+        put(f"{name}.ffn_gate.weight", inner, hidden)
+        put(f"{name}.ffn_up.weight", inner, hidden)
+        put(f"{name}.ffn_down.weight", hidden, inner)
+    put("output_norm.weight", hidden)
+    put("output.weight", len(tokens), hidden)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
