@@ -1,6 +1,13 @@
-"""gRPC channel and server settings, in one place. The reasons are measured (docs/decisions/0003-transport.md)."""
+"""gRPC channel and server settings, and channels in the clear or over TLS, in one place. The reasons are measured
+(docs/decisions/0003-transport.md)."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
 
 Options = list[tuple[str, int | str]]
 
@@ -51,6 +58,41 @@ def server_options(*, max_streams: int | None = None, **overrides: int | str) ->
     if max_streams is not None:
         options["max_concurrent_streams"] = max_streams
     return _named(options, overrides)
+
+
+@dataclass(frozen=True, slots=True)
+class Trust:
+    """Whose certificates are good for TLS. `ca_pem`: the authorities, None = grpc's own list or the file that
+    GRPC_DEFAULT_SSL_ROOTS_FILE_PATH names. `name`: whom a certificate must be for, empty = the host dialled."""
+
+    ca_pem: bytes | None = None
+    name: str = ""
+
+
+def trust(ca_file: str | Path = "", name: str = "") -> Trust:
+    """Raises OSError: the file cannot be read. ValueError: it holds no certificate."""
+    if not ca_file:
+        return Trust(name=name)
+    pem = Path(ca_file).read_bytes()
+    if b"-----BEGIN CERTIFICATE-----" not in pem:
+        raise ValueError(f"{ca_file} holds no certificate; a PEM file of the authority is needed")
+    return Trust(pem, name)
+
+
+def open_channel(address: str, options: Options, tls: Trust | None = None) -> grpc.Channel:
+    if tls is None:
+        return grpc.insecure_channel(address, options)
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(tls.ca_pem), [*options, *_override(tls)])
+
+
+def open_aio_channel(address: str, options: Options, tls: Trust | None = None) -> grpc.aio.Channel:
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options)
+    return grpc.aio.secure_channel(address, grpc.ssl_channel_credentials(tls.ca_pem), [*options, *_override(tls)])
+
+
+def _override(tls: Trust) -> Options:
+    return [("grpc.ssl_target_name_override", tls.name)] if tls.name else []
 
 
 def _named(options: dict[str, int | str], overrides: dict[str, int | str]) -> Options:

@@ -17,7 +17,9 @@ DEFAULT_SPEC = "requests=100,rps=2,prompt=500,output=50"
 
 
 def command(
-    target: Annotated[str, typer.Option(metavar="ADDR", help="HOST:PORT (gRPC) or http://HOST:PORT (REST).")],
+    target: Annotated[
+        str, typer.Option(metavar="ADDR", help="[grpcs://]HOST:PORT (gRPC) or http[s]://HOST:PORT (REST).")
+    ],
     model: connect.Model = "",
     trace: Annotated[
         Path | None, typer.Option(help="JSONL in Mooncake's form: timestamp, input_length, output_length, hash_ids.")

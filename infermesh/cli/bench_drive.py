@@ -15,9 +15,9 @@ import grpc
 import grpc.aio
 
 from infermesh.cli.bench_report import Answer, Run
-from infermesh.client.addresses import metadata
+from infermesh.client.addresses import metadata, split
 from infermesh.errors import from_rpc
-from infermesh.transport import channel_options
+from infermesh.transport import Trust, channel_options, open_aio_channel
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.language_model_pb2_grpc import LanguageModelServiceStub
 from services.gateway.simulator.trace import Request
@@ -103,7 +103,8 @@ async def _closed(requests: Sequence[Request], prompts: Sequence[str], ask: Ask,
 
 
 async def _grpc(target: Target, stack: AsyncExitStack) -> Ask:
-    channel = await stack.enter_async_context(grpc.aio.insecure_channel(target.address, channel_options()))
+    (address, *_), secure = split(target.address)
+    channel = await stack.enter_async_context(open_aio_channel(address, channel_options(), Trust() if secure else None))
     stub: Any = LanguageModelServiceStub(channel)
     pairs = metadata(target.api_key)
 

@@ -13,6 +13,7 @@ from infermesh.cli.printing import emit_json, remark, table
 if TYPE_CHECKING:
     from deploy.fleet import Fleet
     from deploy.planner.calibration import Calibrations
+    from infermesh.transport import Trust
     from infermesh.v1.mesh_pb2 import Instance
     from infermesh.v1.worker_pb2 import CalibrateResponse
     from registry.endpoint import Endpoint
@@ -36,6 +37,8 @@ def command(
     calibration: Calibration = DEFAULT_FILE,
     gateway: connect.Gateway = connect.DEFAULT_GATEWAY,
     api_key_file: connect.ApiKeyFile = None,
+    instances_ca_file: connect.InstancesCaFile = None,
+    instances_tls_name: connect.InstancesTlsName = "",
     timeout: connect.Timeout = 3600,
     json: connect.Json = False,
 ) -> None:
@@ -51,10 +54,11 @@ def command(
     """
     from deploy.planner.calibration import key_of_endpoint
 
+    tls = connect.trusted(instances_ca_file, instances_tls_name)
     read(calibration)  # a file that cannot be read is told before minutes are spent
     with connect.client(gateway, api_key_file, 10) as mesh:
         whom = connect.instance(mesh, instance_id)
-    endpoint, last = _measure(whom, connect.api_key(api_key_file), quick=quick, timeout=timeout)
+    endpoint, last = _measure(whom, connect.api_key(api_key_file), tls, quick=quick, timeout=timeout)
     document = _document(endpoint, last)
     _write(calibration, key_of_endpoint(endpoint), document)
     if json:
@@ -86,19 +90,21 @@ def of_fleet(fleet: Fleet, given: Path | None) -> Calibrations:
     return read(file_of_fleet(fleet, given))
 
 
-def _measure(whom: Instance, key: str, *, quick: bool, timeout: float) -> tuple[Endpoint, CalibrateResponse]:
+def _measure(
+    whom: Instance, key: str, tls: Trust | None, *, quick: bool, timeout: float
+) -> tuple[Endpoint, CalibrateResponse]:
     """The instance as it was before, and the last message of its calibration."""
     import grpc
 
     from infermesh.client.addresses import as_error
-    from infermesh.transport import channel_options
+    from infermesh.transport import channel_options, open_channel
     from infermesh.v1.worker_pb2 import CalibrateRequest, DescribeRequest
     from infermesh.v1.worker_pb2_grpc import WorkerServiceStub
     from registry.endpoint import Endpoint, from_metadata
 
     last, address = None, whom.address
-    with grpc.insecure_channel(address, channel_options()) as channel:
-        stub: Any = WorkerServiceStub(channel)
+    with open_channel(address, channel_options(), tls) as line:
+        stub: Any = WorkerServiceStub(line)
         try:
             told = stub.Describe(DescribeRequest(), timeout=10)
             for message in stub.Calibrate(

@@ -12,6 +12,7 @@ from infermesh.cli import BAD_USAGE, Failure
 
 if TYPE_CHECKING:
     from infermesh.client import Client
+    from infermesh.transport import Trust
     from infermesh.v1.mesh_pb2 import Instance
 
 Gateway = Annotated[str, typer.Option("--gateway", metavar="HOST:PORT[,…]", help="Gateways, or one instance.")]
@@ -28,6 +29,10 @@ Measured = Annotated[
         help="Speeds that `calibrate` measured; default: what the fleet file names, else .infermesh/calibration.yaml.",
     ),
 ]
+InstancesCaFile = Annotated[
+    Path | None, typer.Option(help="Instances are spoken to over TLS: the authority that vouches for them.")
+]
+InstancesTlsName = Annotated[str, typer.Option(help="Whom their certificates are for; their hosts unless told.")]
 Model = Annotated[str, typer.Option("--model", "-m", help="Model id; default: the only one of its kind.")]
 DEFAULT_GATEWAY = "127.0.0.1:50050"
 
@@ -37,7 +42,7 @@ def client(gateway: str, api_key_file: Path | None, timeout: float) -> Client:
 
     try:
         return Client(gateway, api_key=api_key(api_key_file), timeout=timeout)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise Failure(f"--gateway: {error}", BAD_USAGE) from None
 
 
@@ -55,6 +60,18 @@ def operator_pass(key: str, address: str, life_s: float) -> tuple[tuple[str, str
     from services.chassis.passes import Passes
 
     return (("authorization", Passes(key).show(address, life_s)),) if key else ()
+
+
+def trusted(ca_file: Path | None, name: str) -> Trust | None:
+    """How instances are spoken to; None = in the clear."""
+    from infermesh.transport import trust
+
+    if ca_file is None:
+        return None
+    try:
+        return trust(ca_file, name)
+    except (OSError, ValueError) as error:
+        raise Failure(f"--instances-ca-file: {error}", BAD_USAGE) from None
 
 
 def instance(mesh: Client, id: str) -> Instance:

@@ -54,6 +54,8 @@ OPTIONS: dict[str, Any] = {
         Path | None, typer.Option(help="File in which `infermesh calibrate` left measured speeds.")
     ],
     "keys": Annotated[Path | None, typer.Option("--keys", help="keys.yaml: who may call.")],
+    "tls_cert_file": Annotated[Path | None, typer.Option(help="It serves over TLS: its certificate, PEM.")],
+    "tls_key_file": Annotated[Path | None, typer.Option(help="Its key.")],
     "operator_key_file": Annotated[Path | None, typer.Option(help="The operator's key, to register with.")],
     "insecure": Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")],
     "grace_s": Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")],

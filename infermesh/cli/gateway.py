@@ -25,6 +25,14 @@ def command(
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key, shown to instances.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="Both doors speak TLS: the certificate, PEM.")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="Its key.")] = None,
+    instances_ca_file: Annotated[
+        Path | None, typer.Option(help="Instances are spoken to over TLS: the authority that vouches for them.")
+    ] = None,
+    instances_tls_name: Annotated[
+        str | None, typer.Option(help="Whom their certificates are for; their hosts unless told.")
+    ] = None,
     salt_file: Annotated[Path | None, typer.Option(help="The mesh's secret for cache salts.")] = None,
     instance_weight: Annotated[
         list[str] | None, typer.Option(help="ID=FACTOR on an instance's share; may be repeated.")

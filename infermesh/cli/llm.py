@@ -60,6 +60,8 @@ def command(
         Path | None, typer.Option(help="File in which `infermesh calibrate` left measured speeds.")
     ] = None,
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="It serves over TLS: its certificate, PEM.")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key, to register with.")] = None,
     insecure: Annotated[bool | None, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = None,
     grace_s: Annotated[float | None, typer.Option(help="Seconds to finish what is running when told to stop.")] = None,

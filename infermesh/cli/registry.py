@@ -12,6 +12,7 @@ import typer
 from infermesh.cli import BAD_USAGE, Failure
 
 if TYPE_CHECKING:
+    from services.chassis.certificates import Certificate
     from services.chassis.keys import Keys
 
 REGISTRY_SERVICE = "infermesh.v1.RegistryService"
@@ -20,6 +21,8 @@ REGISTRY_SERVICE = "infermesh.v1.RegistryService"
 def command(
     listen: Annotated[str, typer.Option(help="HOST:PORT; port 0 takes a free one.")] = "127.0.0.1:50049",
     keys: Annotated[Path | None, typer.Option(help="keys.yaml; then Register needs the operator's key.")] = None,
+    tls_cert_file: Annotated[Path | None, typer.Option(help="It serves over TLS: its certificate, PEM.")] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond loopback without keys.")] = False,
     ready_file: Annotated[Path | None, typer.Option(help="Written, as JSON, once it serves.")] = None,
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error.")] = "info",
@@ -32,14 +35,21 @@ def command(
     """
     import asyncio
 
+    from services.chassis.certificates import TlsSettings
     from services.chassis.keys import load_keys
     from services.chassis.logs import configure_logs
 
     configure_logs(log_level, kind="registry")
-    asyncio.run(_serve(listen, load_keys(keys), insecure, ready_file))
+    try:
+        certificate = TlsSettings(tls_cert_file=tls_cert_file, tls_key_file=tls_key_file).certificate()
+    except ValueError as error:
+        raise Failure(str(error), BAD_USAGE) from None
+    asyncio.run(_serve(listen, load_keys(keys), insecure, ready_file, certificate))
 
 
-async def _serve(listen: str, keys: Keys, insecure: bool, ready_file: Path | None) -> None:
+async def _serve(
+    listen: str, keys: Keys, insecure: bool, ready_file: Path | None, certificate: Certificate | None
+) -> None:
     import os
 
     import structlog
@@ -49,19 +59,23 @@ async def _serve(listen: str, keys: Keys, insecure: bool, ready_file: Path | Non
 
     stop = Stop()
     stop.listen()
-    async with hosted_registry(listen, keys, insecure=insecure) as address:
+    async with hosted_registry(listen, keys, insecure=insecure, certificate=certificate) as address:
         structlog.get_logger("registry").info("serving", address=f"mesh://{address}")
         tell_ready(ready_file, {"address": address, "pid": os.getpid()})
         await stop.asked.wait()
 
 
 @asynccontextmanager
-async def hosted_registry(listen: str, keys: Keys, *, insecure: bool = False) -> AsyncIterator[str]:
+async def hosted_registry(
+    listen: str, keys: Keys, *, insecure: bool = False, certificate: Certificate | None = None
+) -> AsyncIterator[str]:
     """The embedded registry on a port of its own, in this process's loop. Gives its HOST:PORT.
 
     Raises:
         Failure: the address cannot be listened on.
     """
+    import asyncio
+
     from infermesh.v1 import registry_pb2_grpc
     from registry.host import EmbeddedRegistry
     from services.chassis.server import Phase, Server
@@ -75,10 +89,15 @@ async def hosted_registry(listen: str, keys: Keys, *, insecure: bool = False) ->
         async with EmbeddedRegistry(authorize=keys.operator if keys else None) as registry:
             registry_pb2_grpc.add_RegistryServiceServicer_to_server(registry, server.grpc)
             try:
-                port = await server.start(listen, [REGISTRY_SERVICE])
+                port = await server.start(listen, [REGISTRY_SERVICE], certificate)
             except OSError as error:
                 raise Failure(f"the registry: {error}", BAD_USAGE) from None
             await server.enter(Phase.SERVING)
-            yield f"{host}:{port}"
+            watching = asyncio.create_task(certificate.watch()) if certificate is not None else None
+            try:
+                yield f"{host}:{port}"
+            finally:
+                if watching is not None:
+                    watching.cancel()
     finally:
         await server.stop(0.5)  # after the registry has ended its streams: nothing is left to wait for

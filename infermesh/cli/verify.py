@@ -12,6 +12,7 @@ from infermesh.cli import BAD_USAGE, FAILED, Failure, connect
 from infermesh.cli.printing import emit_json, remark
 
 if TYPE_CHECKING:
+    from infermesh.transport import Trust
     from services.llm.agreement import Agreement, Difference, Position
 
 ALTERNATIVES = 5
@@ -30,6 +31,8 @@ def command(
     tokens: Annotated[int, typer.Option(help="--record: of each answer.", min=1, max=4096)] = 48,
     gateway: connect.Gateway = connect.DEFAULT_GATEWAY,
     api_key_file: connect.ApiKeyFile = None,
+    instances_ca_file: connect.InstancesCaFile = None,
+    instances_tls_name: connect.InstancesTlsName = "",
     timeout: connect.Timeout = 600,
     json: connect.Json = False,
 ) -> int:
@@ -54,7 +57,8 @@ def command(
     assert against is not None
     if not instance_id:
         raise Failure("say which instance: infermesh verify ID --against FILE", BAD_USAGE)
-    document = _compare(instance_id, _reference(against), gateway, api_key_file, timeout)
+    tls = connect.trusted(instances_ca_file, instances_tls_name)
+    document = _compare(instance_id, _reference(against), gateway, api_key_file, tls, timeout)
     if json:
         emit_json(document)
     else:
@@ -91,11 +95,13 @@ def _reference(path: Path) -> dict[str, Any]:
     return found
 
 
-def _compare(id: str, reference: dict[str, Any], gateway: str, key_file: Path | None, timeout: float) -> dict[str, Any]:
+def _compare(
+    id: str, reference: dict[str, Any], gateway: str, key_file: Path | None, tls: Trust | None, timeout: float
+) -> dict[str, Any]:
     import grpc
 
     from infermesh.client.addresses import as_error
-    from infermesh.transport import channel_options
+    from infermesh.transport import channel_options, open_channel
     from infermesh.v1.language_model_pb2_grpc import LanguageModelServiceStub
     from services.llm.agreement import Agreement, tolerance_of
 
@@ -103,9 +109,9 @@ def _compare(id: str, reference: dict[str, Any], gateway: str, key_file: Path | 
         whom = connect.instance(mesh, id)
     name, tolerance = tolerance_of(whom.metadata.get("dtype", ""), whom.metadata.get("quantization", ""))
     agreement, faults = Agreement(), []
-    with grpc.insecure_channel(whom.address, channel_options()) as channel:
+    with open_channel(whom.address, channel_options(), tls) as line:
         shown = connect.operator_pass(connect.api_key(key_file), whom.address, timeout * len(reference["prompts"]))
-        asked = _Asked(LanguageModelServiceStub(channel), whom.model, shown, timeout)
+        asked = _Asked(LanguageModelServiceStub(line), whom.model, shown, timeout)
         try:
             faults += asked.tokenizer_faults(reference)
             for number, prompt in enumerate(reference["prompts"]):

@@ -10,23 +10,29 @@ from grpc import StatusCode
 from infermesh.errors import REASON_KEY, MeshError, Reason, from_status
 
 DEFAULT = "127.0.0.1:50050"
+TLS = "grpcs://"
 
 
-def split(addresses: str | Sequence[str]) -> list[str]:
-    """host:port[,host:port…] or a list of them.
+def split(addresses: str | Sequence[str]) -> tuple[list[str], bool]:
+    """host:port[,host:port…] or a list of them, each with `grpcs://` before it for TLS. Returns them without, and
+    whether they are to be spoken to over TLS.
 
     Raises:
-        ValueError: no address, or one that is none.
+        ValueError: no address, one that is none, or some with TLS and some without.
     """
     parts = addresses.split(",") if isinstance(addresses, str) else list(addresses)
-    found = [part.strip() for part in parts if part.strip()]
+    told = [part.strip() for part in parts if part.strip()]
+    secure = {address.startswith(TLS) for address in told}
+    if len(secure) > 1:
+        raise ValueError(f"{', '.join(told)}: {TLS} before all of them, or before none")
+    found = [address.removeprefix(TLS) for address in told]
     for address in found:
         host, _, port = address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 65536 or "//" in host:
-            raise ValueError(f"{address!r} is not HOST:PORT, e.g. {DEFAULT}")
+            raise ValueError(f"{address!r} is not HOST:PORT or {TLS}HOST:PORT, e.g. {DEFAULT}")
     if not found:
         raise ValueError(f"no gateway is named; give HOST:PORT, e.g. {DEFAULT}")
-    return found
+    return found, secure == {True}
 
 
 class Rotation:

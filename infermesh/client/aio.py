@@ -12,7 +12,7 @@ import grpc.aio
 from infermesh.client import addresses as where
 from infermesh.client import requests
 from infermesh.client.results import Answer, Chunk, Completion, Embeddings, Rerank, Served, rerank_result, served
-from infermesh.transport import channel_options
+from infermesh.transport import channel_options, open_aio_channel, trust
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import mesh_pb2
@@ -27,6 +27,7 @@ IN_FLIGHT = 8  # batches of an embed_stream that wait for their vectors
 
 class AsyncClient:
     """Speaks to the gateways at `addresses` ("host:port,host:port"): to one, until it dies, then to the next.
+    "grpcs://host:port" is for TLS; `ca_file` names the authority where it is none of those that grpc knows.
 
     `timeout` is seconds for a whole call and can be given a call; None waits for ever. Every method raises `MeshError`.
     """
@@ -38,8 +39,10 @@ class AsyncClient:
         api_key: str = "",
         timeout: float | None = 600,
         wan: bool = False,
+        ca_file: str = "",
     ) -> None:
-        self.addresses = where.split(addresses)
+        self.addresses, secure = where.split(addresses)
+        self._tls = trust(ca_file) if secure else None
         self.timeout = timeout
         self._metadata = where.metadata(api_key)
         self._rotation = where.Rotation(len(self.addresses))
@@ -283,7 +286,7 @@ class AsyncClient:
 
     def _channel(self, index: int) -> grpc.aio.Channel:
         if index not in self._channels:
-            self._channels[index] = grpc.aio.insecure_channel(self.addresses[index], options=self._options)
+            self._channels[index] = open_aio_channel(self.addresses[index], self._options, self._tls)
         return self._channels[index]
 
     def _seconds(self, timeout: float | None) -> float | None:

@@ -12,7 +12,7 @@ import grpc
 from infermesh.client import addresses as where
 from infermesh.client import requests
 from infermesh.client.results import Answer, Chunk, Completion, Embeddings, Rerank, Served, rerank_result, served
-from infermesh.transport import channel_options
+from infermesh.transport import channel_options, open_channel, trust
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import mesh_pb2
@@ -35,8 +35,10 @@ class Client:
         api_key: str = "",
         timeout: float | None = 600,
         wan: bool = False,
+        ca_file: str = "",
     ) -> None:
-        self.addresses = where.split(addresses)
+        self.addresses, secure = where.split(addresses)
+        self._tls = trust(ca_file) if secure else None
         self.timeout = timeout
         self._metadata = where.metadata(api_key)
         self._rotation = where.Rotation(len(self.addresses))
@@ -281,7 +283,7 @@ class Client:
     def _channel(self, index: int) -> grpc.Channel:
         with self._lock:
             if index not in self._channels:
-                self._channels[index] = grpc.insecure_channel(self.addresses[index], options=self._options)
+                self._channels[index] = open_channel(self.addresses[index], self._options, self._tls)
             return self._channels[index]
 
     def _seconds(self, timeout: float | None) -> float | None:

@@ -32,6 +32,7 @@ from registry.presence import Departure, Presence, present
 from services.chassis.arrivals import Arrivals
 from services.chassis.calibrate import Calibrator
 from services.chassis.call_spans import CallSpans
+from services.chassis.certificates import Certificate
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import Identity
 from services.chassis.keys import Keys, load_keys
@@ -58,6 +59,7 @@ class InstanceContext:
     arrivals: Arrivals
     keys: Keys
     passes: Passes | None = None
+    certificate: Certificate | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +82,16 @@ async def run_instance(settings: InstanceSettings, build: Callable[[InstanceCont
     configure_logs(settings.log_level, instance=instance_id, kind=settings.kind)
     try:
         passes = _passes(settings)
+        certificate = settings.certificate()
         keys = load_keys(settings.keys, passes)
         address = advertised(settings.advertise, host, settings.registry)
-        registry = connect_registry(settings)
+        registry = connect_registry(settings, over_tls=certificate is not None)
         calibrations = read_calibrations(settings.calibration)
     except (ValueError, RegistryError) as error:
         return _refuse(error)
     stop = Stop()
     identity = Identity(instance_id, secrets.randbits(64), settings.model)
-    context = InstanceContext(settings, identity, Arrivals(), keys, passes)
+    context = InstanceContext(settings, identity, Arrivals(), keys, passes, certificate)
     program = build(context)
     try:
         return await _live(context, program, registry, address, stop, calibrations)
@@ -126,14 +129,17 @@ async def _live(
             await presence.renew(speed=endpoint.speed)
         return ""
 
-    calibrator = Calibrator(lambda: endpoint, context.arrivals, lambda: _own_address(settings, bound))
+    # Over TLS a process is not reached by the name that its certificate is for.
+    own = f"unix-abstract:infermesh-{secrets.token_hex(8)}" if context.certificate is not None else ""
+    calibrator = Calibrator(lambda: endpoint, context.arrivals, lambda: own or _own_address(settings, bound))
     worker = Worker(
         *(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask),
         *(program.held, stop.undo, calibrator.run, adopt),
     )
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)
-    bound = await server.start(settings.listen, [WORKER_SERVICE])
+    bound = await server.start(settings.listen, [WORKER_SERVICE], context.certificate, own)
+    watching = asyncio.create_task(context.certificate.watch()) if context.certificate is not None else None
     died = asyncio.ensure_future(program.died())
     stop.listen()
 
@@ -179,6 +185,8 @@ async def _live(
                 return code
     finally:
         died.cancel()
+        if watching is not None:
+            watching.cancel()
         worker.announce_goodbye("stopped")
         await server.stop(0.2)
         if spans is not None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from registry.address import open_registry, parse_url
 from registry.consul import Tls
+from registry.consul_wire import Check
 from registry.port import Registry, RegistryError
 
 
@@ -51,8 +52,9 @@ def operator_key(settings: RegistrySettings) -> str:
     return key
 
 
-def connect_registry(settings: RegistrySettings) -> Registry | None:
-    """The registry of these settings, nothing dialled yet; None where none is named.
+def connect_registry(settings: RegistrySettings, *, over_tls: bool = False) -> Registry | None:
+    """The registry of these settings, nothing dialled yet; None where none is named. `over_tls`: that is how this
+    process serves.
 
     Raises:
         RegistryError: the address or one of the files cannot be used.
@@ -70,5 +72,6 @@ def connect_registry(settings: RegistrySettings) -> Registry | None:
         prefix=settings.registry_prefix,
         operator_key=operator_key(settings) or None,
         token_file=name(settings.registry_token_file),
+        check=Check(tls=over_tls),
         tls=Tls(files[0], files[1], files[2]) if any(files) else None,
     )

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 
 from infermesh.errors import MeshError, Reason
 from infermesh.transport import server_options
+from services.chassis.certificates import Certificate
 from services.chassis.rpc import Context, abort
 
 Handler = grpc.RpcMethodHandler
@@ -103,8 +104,11 @@ class Server:
         if debug:
             channelz.add_channelz_servicer(self.grpc)
 
-    async def start(self, listen: str, others: Sequence[str] = ()) -> int:
+    async def start(
+        self, listen: str, others: Sequence[str] = (), certificate: Certificate | None = None, own: str = ""
+    ) -> int:
         """Binds and serves (NOT_SERVING, until `enter`). Returns the port. `others`: service names for reflection.
+        `own`: a second address, always in the clear, by which the process reaches itself.
 
         Raises:
             OSError: the address cannot be bound.
@@ -113,7 +117,12 @@ class Server:
         reflection.enable_server_reflection((*names, health.SERVICE_NAME, reflection.SERVICE_NAME), self.grpc)
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         try:
-            port = self.grpc.add_insecure_port(listen)
+            if certificate is None:
+                port = self.grpc.add_insecure_port(listen)
+            else:
+                port = self.grpc.add_secure_port(listen, certificate.credentials())
+            if own:
+                self.grpc.add_insecure_port(own)
         except RuntimeError:
             raise OSError(f"cannot listen on {listen}: is the port taken? Choose another one, or 0 for any") from None
         await self.grpc.start()

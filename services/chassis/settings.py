@@ -9,6 +9,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
+from services.chassis.certificates import TlsSettings
 from services.chassis.registering import RegistrySettings
 from services.chassis.telemetry import target_of
 
@@ -26,7 +27,7 @@ class SpeedSettings(BaseModel):
     tokens_per_s: float | None = Field(default=None, gt=0)
 
 
-class InstanceSettings(RegistrySettings):
+class InstanceSettings(RegistrySettings, TlsSettings):
     """Who an instance is and where it stands in the mesh."""
 
     kind: Literal["llm", "embedding", "rerank"]

@@ -17,10 +17,12 @@ from pathlib import Path
 import structlog
 
 import infermesh
+from infermesh.transport import Trust, trust
 from infermesh.v1 import mesh_pb2_grpc
 from registry.advertise import advertised
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
+from services.chassis.certificates import Certificate
 from services.chassis.keys import Keys, load_keys
 from services.chassis.logs import configure_logs
 from services.chassis.passes import Passes
@@ -74,6 +76,7 @@ class Gateway:
     decisions: Decisions | None = None
     registry: Registry | None = None
     rest: HttpServer | None = None
+    certificate: Certificate | None = None
 
 
 def main(settings: GatewaySettings) -> int:
@@ -148,8 +151,9 @@ async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMe
 def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     keys = load_keys(settings.keys)
     key = operator_key(settings)
+    certificate = settings.certificate()
     salt = _secret(settings.salt_file, "salt_file") or key or "infermesh"
-    registry = connect_registry(settings)
+    registry = connect_registry(settings, over_tls=certificate is not None)
     routing = settings.routing
     tracing = Tracing(settings.otlp, gateway_id, settings.otlp_ratio) if settings.otlp else None
     observe = Observe(tracing, ttft_s=routing.ttft_s, tpot_ms=routing.tpot_ms)
@@ -158,7 +162,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     bounds = Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s)
     policy = routing.policy(settings.weights)
     router = Router(clock(), bounds, policy=policy, salt=gateway_id)
-    carrier = Carrier(router, Channels(), observe, clock, Passes(key) if key else None)
+    carrier = Carrier(router, Channels(tls=_trusted(settings)), observe, clock, Passes(key) if key else None)
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"
     port = split_address(settings.grpc)[1]
@@ -188,7 +192,32 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     observe.watch_groups(router.groups)
     observe.listeners += [live.finished, traffic.keep, *([decisions.keep] if decisions else [])]
     mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, decisions), server.grpc)
-    return Gateway(settings, server, forwarder, directory, carrier, observe, keys, live, decisions, registry)
+    return Gateway(
+        settings,
+        server,
+        forwarder,
+        directory,
+        carrier,
+        observe,
+        keys,
+        live,
+        decisions,
+        registry,
+        certificate=certificate,
+    )
+
+
+def _trusted(settings: GatewaySettings) -> Trust | None:
+    """Whom instances have to be vouched for by; None: they are spoken to in the clear. Raises ValueError."""
+    file = settings.instances_ca_file
+    if file is None:
+        if settings.instances_tls_name:
+            raise ValueError("--instances-tls-name: is for TLS, which --instances-ca-file turns on")
+        return None
+    try:
+        return trust(file, settings.instances_tls_name)
+    except OSError as error:
+        raise ValueError(f"--instances-ca-file {file}: {error.strerror}") from None
 
 
 def _decisions(settings: GatewaySettings) -> Decisions | None:
@@ -222,7 +251,8 @@ def _rest(gateway: Gateway, keys: Keys) -> HttpServer:
     live = gateway.live
     app = build_app(gateway.forwarder, gateway.directory, keys, settings.limits, gateway.observe, draining, live)
     host, port = split_address(settings.http)
-    return build_http_server(app, host, port, settings.limits)
+    tls = gateway.certificate.context if gateway.certificate is not None else None
+    return build_http_server(app, host, port, settings.limits, tls=tls)
 
 
 async def _listen(gateway: Gateway) -> tuple[int, str, int]:
@@ -233,7 +263,7 @@ async def _listen(gateway: Gateway) -> tuple[int, str, int]:
     if settings.http:
         gateway.rest = _rest(gateway, gateway.keys)
     try:
-        return await gateway.server.start(settings.grpc, [MESH]), shown, port
+        return await gateway.server.start(settings.grpc, [MESH], gateway.certificate), shown, port
     except OSError:
         if gateway.rest is not None:
             gateway.rest.close()
@@ -247,6 +277,8 @@ def _background(gateway: Gateway) -> list[asyncio.Task[None]]:
     if gateway.registry is not None:
         jobs["gateways"] = bans.watch(gateway.registry)
         jobs["registry"] = gateway.directory.watch(gateway.registry)
+    if gateway.certificate is not None:
+        jobs["certificate"] = gateway.certificate.watch()
     if gateway.decisions is not None:
         jobs["decisions"] = gateway.decisions.run()
     if gateway.rest is not None:

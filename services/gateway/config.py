@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from services.chassis.certificates import TlsSettings
 from services.chassis.registering import RegistrySettings
 from services.chassis.settings import bind_fault, faults, split_address
 from services.chassis.telemetry import target_of
@@ -112,13 +113,15 @@ class Telemetry(_Part):
     model_id: str = Field(default="", max_length=256, pattern=r"^[\x21-\x7e]*$")
 
 
-class GatewaySettings(RegistrySettings):
+class GatewaySettings(RegistrySettings, TlsSettings):
     grpc: str = "127.0.0.1:50050"
     http: str = "127.0.0.1:8000"  # empty: no REST
     id: str = Field(default="", max_length=128)  # empty: gateway-<host>-<port>
     advertise: str = ""  # HOST:PORT to register; empty: the bound gRPC address
     keys: Path | None = None
     insecure: bool = False  # serve beyond loopback without keys
+    instances_ca_file: Path | None = None  # instances are spoken to over TLS, and this authority vouches for them
+    instances_tls_name: str = Field(default="", max_length=253)  # their certificates are for it; empty: for their hosts
     salt_file: Path | None = None  # the mesh's secret for cache salts; empty: derived from the operator's key
     limits: Limits = Limits()
     queue: QueueBounds = QueueBounds()

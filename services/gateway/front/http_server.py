@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import resource
 import socket
+import ssl
 from collections.abc import Generator
 from typing import Any
 
@@ -75,6 +76,7 @@ def build_http_server(
     port: int,
     limits: Limits,
     *,
+    tls: ssl.SSLContext | None = None,
     reuse_port: bool = False,
     patience: Patience | None = None,
     keep_alive_s: float = KEEP_ALIVE_S,
@@ -104,6 +106,8 @@ def build_http_server(
         timeout_keep_alive=keep_alive_s,  # type: ignore[arg-type]  # used as a delay, floats are fine
         backlog=ACCEPTS_A_TURN,
     )
+    config.load()
+    config.ssl = tls
     return HttpServer(config, _listen(host, port, reuse_port))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc.aio
 from grpc_health.v1 import health_pb2_grpc
 
-from infermesh.transport import channel_options
+from infermesh.transport import Trust, channel_options, open_aio_channel
 from infermesh.v1 import worker_pb2_grpc
 from registry.endpoint import Endpoint
 from services.gateway.upstream.calls import Method
@@ -33,7 +33,10 @@ class Line:
 
 
 class Channels:
-    def __init__(self, *, wan: bool = False) -> None:
+    """`tls`: whom to trust; None = in the clear."""
+
+    def __init__(self, *, wan: bool = False, tls: Trust | None = None) -> None:
+        self._tls = tls
         self._options = channel_options(wan=wan)
         self._lines: dict[tuple[str, int], Line] = {}
         self._closing: set[asyncio.Task[None]] = set()
@@ -62,8 +65,8 @@ class Channels:
         await asyncio.gather(*self._closing)
 
     def _dial(self, address: str) -> Line:
-        data = grpc.aio.insecure_channel(address, self._options)
-        control = grpc.aio.insecure_channel(address, self._options)
+        data = open_aio_channel(address, self._options, self._tls)
+        control = open_aio_channel(address, self._options, self._tls)
         calls: dict[Method, Any] = {
             method: data.unary_stream(method.path) if method.streams else data.unary_unary(method.path)
             for method in Method
