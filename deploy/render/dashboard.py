@@ -35,6 +35,10 @@ def _rate(metric: str, by: str) -> tuple[tuple[str, str], ...]:
     return ((f"sum by ({by}) (rate({metric}[$__rate_interval]))", legend),)
 
 
+def _prefix(type: str) -> str:
+    return f'sum by (model) (rate({GATEWAY}_prefix_tokens_total{{type="{type}"}}[$__rate_interval]))'
+
+
 GATEWAY = "infermesh_gateway"
 PANELS = (
     Panel("Requests", "reqps", _rate(f"{GATEWAY}_requests_total", "model, outcome")),
@@ -50,9 +54,20 @@ PANELS = (
     Panel("Time to first token", "s", _quantiles(f"{GATEWAY}_ttft_seconds", "model")),
     Panel("Whole requests", "s", _quantiles(f"{GATEWAY}_duration_seconds", "model")),
     Panel("Tokens", "short", _rate(f"{GATEWAY}_tokens_total", "model, type")),
+    Panel("Time per token", "s", _quantiles(f"{GATEWAY}_time_per_token_seconds", "model")),
+    Panel("Waited for room", "s", _quantiles(f"{GATEWAY}_waited_seconds", "model")),
+    Panel(
+        "Time to first token: measured ÷ predicted", "short", _quantiles(f"{GATEWAY}_ttft_prediction_ratio", "model")
+    ),
+    Panel(
+        "Part of the prompts in the cache: found, and predicted",
+        "percentunit",
+        tuple((f"{_prefix(type)} / {_prefix('prompt')}", f"{type} {{{{model}}}}") for type in ("found", "predicted")),
+    ),
     Panel("Requests by instance", "reqps", _rate(f"{GATEWAY}_requests_total", "instance")),
     Panel("Refused", "reqps", _rate(f"{GATEWAY}_refused_total", "method, outcome")),
     Panel("Retries", "reqps", _rate(f"{GATEWAY}_retries_total", "reason")),
+    Panel("Served by another model", "reqps", _rate(f"{GATEWAY}_degrades_total", "model, served")),
     Panel("Streams that went on elsewhere", "reqps", _rate(f"{GATEWAY}_resumes_total", "reason, exact")),
     Panel("Pause of such a stream", "s", _quantiles(f"{GATEWAY}_resume_pause_seconds")),
     Panel(
@@ -70,6 +85,11 @@ PANELS = (
             (f"max by (group) ({GATEWAY}_replicas)", "{{group}}"),
             (f"max by (group) ({GATEWAY}_desired_replicas)", "{{group}} wanted"),
         ),
+    ),
+    Panel(
+        "Spans that no collector took",
+        "short",
+        ((f"sum(rate({GATEWAY}_spans_dropped_total[$__rate_interval]))", ""),),
     ),
     Panel(
         "Longest turn of the event loop",

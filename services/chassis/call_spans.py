@@ -18,10 +18,10 @@ from registry.endpoint import Endpoint
 from services.chassis import telemetry_names as names
 from services.chassis.identity import REQUEST_KEY
 from services.chassis.rpc import Context
-from services.chassis.telemetry import Telemetry, instance_resource
+from services.chassis.telemetry import BELOW, Telemetry, instance_resource
 
 if TYPE_CHECKING:
-    from opentelemetry.trace import Span, Tracer
+    from services.chassis.telemetry_spans import Span, Tracer
 
 Handler = Any  # a grpc.RpcMethodHandler, which is a named tuple; its stubs do not say so
 
@@ -37,8 +37,8 @@ class CallSpans(grpc.aio.ServerInterceptor):
         self._who: Mapping[str, str] = {}
 
     def serve(self, endpoint: Endpoint) -> None:
-        self._telemetry = Telemetry(self._endpoint, instance_resource(endpoint), self._ratio)
-        self._tracer = self._telemetry.tracer("infermesh.instance")
+        self._telemetry = Telemetry(self._endpoint, instance_resource(endpoint), self._ratio, "infermesh.instance")
+        self._tracer = self._telemetry.tracer
         self._who = {
             names.INSTANCE_ID: endpoint.id,
             names.MODEL_ID: endpoint.model,
@@ -89,10 +89,14 @@ class CallSpans(grpc.aio.ServerInterceptor):
 
     def _begin(self, request: Any, context: Context, path: str, operation: str) -> _Call:
         from opentelemetry.trace import SpanKind
-        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        assert self._tracer is not None
+        tracer = self._tracer
+        assert tracer is not None
         given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
+        place = tracer.place(given)
+        if not place.kept:
+            BELOW.set(place.headers)
+            return _Call(None, context)
         model = str(getattr(request, "model", ""))[:256]
         attributes = {
             **self._who,
@@ -101,17 +105,18 @@ class CallSpans(grpc.aio.ServerInterceptor):
             names.REQUEST_ID: given.get(REQUEST_KEY, ""),
             names.REQUEST_MODEL: model,
         }
-        parent = TraceContextTextMapPropagator().extract(given)
         title = f"{operation} {self._who[names.MODEL_ID]}"
-        return _Call(self._tracer.start_span(title, parent, SpanKind.SERVER, attributes), context)
+        span = tracer.begin(title, SpanKind.SERVER, place, attributes)
+        BELOW.set(span.headers)
+        return _Call(span, context)
 
 
 class _Call:
-    """One call: its span ends with the block, however that ends."""
+    """One call: its span, if it has one, ends with the block, however that ends."""
 
     __slots__ = ("_begun", "_context", "_output", "_prompt", "_span", "_waits")
 
-    def __init__(self, span: Span, context: Context) -> None:
+    def __init__(self, span: Span | None, context: Context) -> None:
         self._span = span
         self._context = context
         self._begun = time.monotonic()
@@ -120,12 +125,12 @@ class _Call:
 
     def take(self, message: Any) -> None:
         """An answer, or a part of it: the time of the first, and usage wherever it comes."""
-        span = self._span
-        if not span.is_recording():
+        if self._span is None:
             return
+        attributes = self._span.attributes
         if self._waits:
             self._waits = False
-            span.set_attribute(names.FIRST_CHUNK_S, time.monotonic() - self._begun)
+            attributes[names.FIRST_CHUNK_S] = time.monotonic() - self._begun
             if started := getattr(message, "started", None):
                 self._prompt = started.prompt_tokens
         for delta in getattr(message, "deltas", ()):
@@ -135,20 +140,18 @@ class _Call:
         if "usage" in fields and message.HasField("usage"):
             usage = message.usage
             self._prompt, self._output = usage.prompt_tokens, usage.completion_tokens
-            span.set_attribute(names.CACHED_TOKENS, usage.cached_tokens)
+            attributes[names.CACHED_TOKENS] = usage.cached_tokens
         if model := getattr(message, "model", ""):
-            span.set_attribute(names.RESPONSE_MODEL, model)
+            attributes[names.RESPONSE_MODEL] = model
 
     def __enter__(self) -> _Call:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, tb: object) -> None:
         span = self._span
-        if not span.is_recording():
+        if span is None:
             return
-        from opentelemetry.trace import StatusCode
-
-        span.set_attributes({names.INPUT_TOKENS: self._prompt, names.OUTPUT_TOKENS: self._output})
+        span.attributes |= {names.INPUT_TOKENS: self._prompt, names.OUTPUT_TOKENS: self._output}
         status, word = "OK", ""
         if isinstance(error, asyncio.CancelledError | GeneratorExit):
             status, word = "CANCELLED", "cancelled"
@@ -157,8 +160,5 @@ class _Call:
             status = code.name if isinstance(code, grpc.StatusCode) else "UNKNOWN"
             told = {key: value for key, value in self._context.trailing_metadata() or ()}
             word = str(told.get(REASON_KEY, "internal"))
-        span.set_attribute(names.RPC_STATUS, status)
-        if word:
-            span.set_attribute(names.ERROR_TYPE, word)
-            span.set_status(StatusCode.ERROR, word)
-        span.end()
+        span.attributes[names.RPC_STATUS] = status
+        span.end(word)

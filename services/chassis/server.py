@@ -34,6 +34,7 @@ class Gate(grpc.aio.ServerInterceptor):
         self.phase = Phase.STARTING
         self._guarded = tuple(f"/{name}/" for name in guarded)
         self._handlers: dict[str, Handler] = {}
+        self.on_refusal: Callable[[grpc.HandlerCallDetails, MeshError], None] = lambda call, error: None
 
     async def intercept_service(
         self,
@@ -44,6 +45,8 @@ class Gate(grpc.aio.ServerInterceptor):
         if not method.startswith(OURS):
             return await continuation(handler_call_details)
         if self.phase is not Phase.SERVING and method.startswith(self._guarded):
+            error = _REFUSED[self.phase]
+            self.on_refusal(handler_call_details, error)
             return _REFUSALS[self.phase]
         if method not in self._handlers:
             handler = await continuation(handler_call_details)
@@ -78,10 +81,11 @@ def _refusal(error: MeshError) -> Handler:
     return grpc.unary_unary_rpc_method_handler(refuse)
 
 
-_REFUSALS = {
-    Phase.STARTING: _refusal(MeshError(Reason.STARTING, "still loading", retry_after_s=1)),
-    Phase.DRAINING: _refusal(MeshError(Reason.DRAINING, "this process is draining", retry_after_s=1)),
+_REFUSED = {
+    Phase.STARTING: MeshError(Reason.STARTING, "still loading", retry_after_s=1),
+    Phase.DRAINING: MeshError(Reason.DRAINING, "this process is draining", retry_after_s=1),
 }
+_REFUSALS = {phase: _refusal(error) for phase, error in _REFUSED.items()}
 
 
 class Server:

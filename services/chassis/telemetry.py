@@ -1,8 +1,8 @@
 """OpenTelemetry's spans out of one process, over OTLP/gRPC, on the process's own loop.
 
 The library's exporter has a thread, a blocking channel and no count of what it loses; a loop that must not wait wants
-neither (docs/decisions/0030-spans-on-the-loop.md). What cannot be sent is dropped and counted: the queue is bounded,
-one call is under way at a time, and no request ever waits for it.
+neither (docs/decisions/0030-spans-on-the-loop.md). What cannot be sent is dropped and counted: the queue holds bytes
+and is bounded, one call is under way at a time, and no request ever waits for it.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ import contextlib
 import socket
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -20,28 +22,31 @@ import structlog
 
 import infermesh
 from registry.endpoint import Endpoint
+from services.chassis import telemetry_encode as encode
 from services.chassis import telemetry_names as names
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
-    from opentelemetry.trace import Tracer
 
-QUEUE = 4096  # spans
-BATCH = 256  # spans of one call
-PIECE = 16  # spans encoded in one turn of the loop: about 2 ms
+    from services.chassis.telemetry_spans import Tracer
+
+QUEUE = 4 << 20  # bytes of spans that wait; one of ours has about 1,000
+BATCH = 256 << 10  # bytes of one call; a collector takes 4 MiB
 EVERY_S = 1.0
 SEND_S = 5.0
 CLOSE_S = 2.0
 PATH = "/opentelemetry.proto.collector.trace.v1.TraceService/Export"
 # No pings of ours: a collector takes one in five minutes and hangs up on more. The proxy is for the internet.
 OPTIONS = (("grpc.enable_http_proxy", 0),)
+# The W3C headers of the call that this task serves, for engines that make spans of their own; empty = spans are off.
+BELOW: ContextVar[Mapping[str, str]] = ContextVar("below", default=MappingProxyType({}))
 log = structlog.get_logger("telemetry")
 
 
 class Export:
-    """An SDK span processor. Made, called and closed on one event loop. `sent` and `dropped` count spans."""
+    """Made, called and closed on one event loop. `sent` and `dropped` count spans. `whose`: of `encode.origin`."""
 
-    def __init__(self, endpoint: str) -> None:
+    def __init__(self, endpoint: str, whose: tuple[bytes, bytes, bytes]) -> None:
         secure, target = endpoint.startswith("https://"), target_of(endpoint)
         self._channel = (
             grpc.aio.secure_channel(target, grpc.ssl_channel_credentials(), OPTIONS)
@@ -49,25 +54,24 @@ class Export:
             else grpc.aio.insecure_channel(target, OPTIONS)
         )
         self._call: Any = self._channel.unary_unary(PATH)
-        self._queue: deque[ReadableSpan] = deque()
+        self._whose = whose
+        self._queue: deque[bytes] = deque()
+        self.held = 0  # bytes in the queue
         self._due = asyncio.Event()
         self._failing = False
         self.sent = self.dropped = 0
         self.on_drop: Callable[[int], None] = lambda spans: None
         self._task = asyncio.create_task(self._run(), name="spans")
 
-    def on_start(self, span: object, parent_context: object = None) -> None:
-        pass
-
-    def _on_ending(self, span: object) -> None:  # the SDK calls it on every processor
-        pass
-
-    def on_end(self, span: ReadableSpan) -> None:
-        if len(self._queue) >= QUEUE:
+    def take(self, span: ReadableSpan) -> None:
+        """A span that is over."""
+        if self.held >= QUEUE:
             self._drop(1)
             return
-        self._queue.append(span)
-        if len(self._queue) >= BATCH:
+        encoded = encode.span(span)
+        self._queue.append(encoded)
+        self.held += len(encoded)
+        if self.held >= BATCH:
             self._due.set()
 
     async def close(self) -> None:
@@ -83,12 +87,6 @@ class Export:
             self._queue.clear()
         await self._channel.close()
 
-    def shutdown(self) -> None:
-        """The SDK's way to end it; ours is `close`."""
-
-    def force_flush(self, timeout_millis: int = 0) -> bool:
-        return True
-
     async def _run(self) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
@@ -98,14 +96,22 @@ class Export:
             while self._queue:
                 await self._send(SEND_S)
 
+    def _batch(self) -> list[bytes]:
+        batch: list[bytes] = []
+        size = 0
+        while self._queue and size < BATCH:
+            batch.append(self._queue.popleft())
+            size += len(batch[-1])
+        self.held -= size
+        return batch
+
     async def _send(self, timeout_s: float) -> None:
-        batch = [self._queue.popleft() for _ in range(min(BATCH, len(self._queue)))]
+        batch = self._batch()
         try:
-            encoded = [await _encoded(batch[start : start + PIECE]) for start in range(0, len(batch), PIECE)]
-            # Pieces of a repeated field, one after the other, are the whole field.
-            await self._call(b"".join(encoded), timeout=timeout_s, wait_for_ready=True)
+            await self._call(encode.request(self._whose, batch), timeout=timeout_s, wait_for_ready=True)
         except asyncio.CancelledError:
             self._queue.extendleft(reversed(batch))
+            self.held += sum(map(len, batch))
             raise
         except Exception as error:
             self._drop(len(batch))
@@ -125,30 +131,20 @@ class Export:
         self.on_drop(spans)
 
 
-async def _encoded(spans: list[ReadableSpan]) -> bytes:
-    from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
-
-    encoded: bytes = encode_spans(spans).SerializeToString()
-    await asyncio.sleep(0)
-    return encoded
-
-
 class Telemetry:
     """The spans of one process. Traces that begin here are kept by `ratio`; others as their caller decided."""
 
-    def __init__(self, endpoint: str, resource: Mapping[str, str | int], ratio: float = 1.0) -> None:
+    def __init__(self, endpoint: str, resource: Mapping[str, str | int], ratio: float, scope: str) -> None:
         from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.sampling import ParentBasedTraceIdRatio
+        from opentelemetry.sdk.util.instrumentation import InstrumentationScope
 
-        self.export = Export(endpoint)
-        self._provider = TracerProvider(
-            ParentBasedTraceIdRatio(ratio), Resource.create(dict(resource), names.SEMCONV), shutdown_on_exit=False
-        )
-        self._provider.add_span_processor(self.export)  # type: ignore[arg-type]
+        from services.chassis.telemetry_spans import Tracer
 
-    def tracer(self, scope: str) -> Tracer:
-        return self._provider.get_tracer(scope, infermesh.__version__, names.SEMCONV)
+        whole = Resource.create(dict(resource), names.SEMCONV)
+        version = infermesh.__version__
+        self.export = Export(endpoint, encode.origin(whole.attributes, scope, version, names.SEMCONV))
+        about = InstrumentationScope(scope, version, names.SEMCONV)
+        self.tracer: Tracer = Tracer(self.export.take, whole, about, ratio)
 
     async def close(self) -> None:
         await self.export.close()

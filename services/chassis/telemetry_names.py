@@ -11,8 +11,6 @@ SEMCONV = "https://opentelemetry.io/schemas/1.44.0"  # GenAI: open-telemetry/sem
 # Spans and their events.
 ROUTE = "route"
 ATTEMPT = "attempt"
-ANSWER = "answer"
-EMBED_STREAM = "embed_stream"
 RESUME = "resume"
 DEGRADE = "degrade"
 DECISION = "decision"
@@ -30,6 +28,9 @@ ERROR_TYPE = "error.type"  # the word of a Reason, as in docs/errors.md
 RPC_SYSTEM = "rpc.system.name"
 RPC_METHOD = "rpc.method"
 RPC_STATUS = "rpc.response.status_code"
+HTTP_METHOD = "http.request.method"
+HTTP_ROUTE = "http.route"
+HTTP_STATUS = "http.response.status_code"
 OPERATIONS = {  # by the contract's method; the convention has no word for the last three
     "Chat": "chat",
     "Complete": "text_completion",
@@ -50,13 +51,9 @@ REQUEST_ID = "infermesh.request.id"
 ATTEMPT_NUMBER = "infermesh.attempt"
 ATTEMPTS = "infermesh.attempts"
 
-# A decision of the router; lists run along `CANDIDATES`. Terms are `infermesh.route.<term>_s`.
+# A decision of the router. `RECORD` is JSON: the candidates with their terms, and who was rejected, and why.
 ROUTE_PREFIX = "infermesh.route."
-CANDIDATES = ROUTE_PREFIX + "candidates"
-COSTS = ROUTE_PREFIX + "costs_s"
-WEIGHTS = ROUTE_PREFIX + "weights"
-CACHED = ROUTE_PREFIX + "cached_tokens"
-REJECTED = ROUTE_PREFIX + "rejected"
+RECORD = ROUTE_PREFIX + "record"
 REASON = ROUTE_PREFIX + "reason"
 CHOSEN = ROUTE_PREFIX + "chosen"
 ESTIMATE = ROUTE_PREFIX + "estimate_s"

@@ -136,7 +136,7 @@ async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMe
         gc.freeze()
         if meter is not None:
             meter.reset()  # what loading libraries held was no request's delay
-            gateway.observe.watch_loop(meter)
+            gateway.observe.metrics.watch_loop(meter)
         code = await _until_over(stop, tasks)
     except RegistryError as error:
         print(f"infermesh: {error}", file=sys.stderr)
@@ -181,6 +181,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     )
     server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)
     door = rpc.Door(forwarder, keys, observe)
+    server.gate.on_refusal = door.turned_away
     server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door), Answer(door, directory)))
     about = {"id": gateway_id, "version": infermesh.__version__, "ttft_s": routing.ttft_s, "tpot_ms": routing.tpot_ms}
 
@@ -189,7 +190,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
 
     traffic, decisions = Traffic(), _decisions(settings)
     live = Live(directory, about | {"since": time.time()}, policy.fallbacks, time.time, numbers, decisions)
-    observe.watch_groups(router.groups)
+    observe.metrics.watch_groups(router.groups)
     observe.listeners += [live.finished, traffic.keep, *([decisions.keep] if decisions else [])]
     mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, decisions), server.grpc)
     return Gateway(

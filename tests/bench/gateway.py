@@ -34,6 +34,7 @@ import decision
 from load import Ask, Run, grpc_load, rest_load
 
 ROOT = Path(__file__).resolve().parents[2]
+SPANS = "## What spans cost\n"
 TOKENS = 256
 STEP_MS = 5.0  # of the instance that streams: one event a token, as engines do
 
@@ -241,7 +242,8 @@ def main() -> None:
         command = f"make bench ARGS='--write{'' if args.scale == 1 else f' --scale {args.scale:g}'}'"
         rest = f"# What the gateway costs\n\n{__doc__.split(chr(10) * 2)[2].strip()}\n\nCommand: `{command}`\n\n{text}"
     if args.write:
-        page.write_text(f"{rest}\n\n{routing}\n")
+        spans = "".join(page.read_text().partition(SPANS)[1:])  # written by `make traced`
+        page.write_text(f"{rest}\n\n{routing}\n\n{spans}")
 
 
 if __name__ == "__main__":

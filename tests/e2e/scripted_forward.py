@@ -176,10 +176,10 @@ class ScriptedDirectory:
 class ScriptedWatcher:
     refusals: list[tuple[str, MeshError]] = field(default_factory=list)
 
-    def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None:
+    def refused(self, method: str, error: MeshError, call: Call, took_s: float = 0.0) -> None:
         self.refusals.append((method, error))
 
-    def root(self, name: str, request_id: str, trace: object) -> None:
+    def root(self, call: Call) -> None:
         return None
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:

@@ -25,6 +25,7 @@ class Span:
     id: str
     parent: str
     failed: bool
+    kind: str  # server, client, internal
     attributes: dict[str, Any]
     events: list[tuple[str, dict[str, Any]]]
     process: dict[str, Any]
@@ -36,12 +37,14 @@ class Span:
 
 @dataclass
 class Collector:
-    """`hangs`: takes requests and never answers. `keep`: what comes, in `spans`, and in `raw` as text."""
+    """`hangs`: takes requests and never answers; `slow_s`: answers after so long. `keep`: what comes, in `spans`, and
+    in `raw` as text."""
 
     address: str = ""
     spans: list[Span] = field(default_factory=list)
     raw: list[str] = field(default_factory=list)
     hangs: bool = False
+    slow_s: float = 0.0
     keep: bool = True
     calls: int = 0
 
@@ -51,6 +54,8 @@ class Collector:
         self.calls += 1
         if self.hangs:
             await asyncio.sleep(3600)
+        if self.slow_s:
+            await asyncio.sleep(self.slow_s)
         if not self.keep:
             return otlp.ExportTraceServiceResponse()
         self.raw.append(str(request))
@@ -74,7 +79,8 @@ def _span(span: Any, process: dict[str, Any]) -> Span:
     failed = span.status.code == span.status.STATUS_CODE_ERROR
     ids = (span.trace_id.hex(), span.span_id.hex(), span.parent_span_id.hex())
     assert span.end_time_unix_nano >= span.start_time_unix_nano > 0, "a span that was not closed"
-    return Span(span.name, *ids, failed, _plain(span.attributes), events, process)
+    kind = span.SpanKind.Name(span.kind).removeprefix("SPAN_KIND_").lower()
+    return Span(span.name, *ids, failed, kind, _plain(span.attributes), events, process)
 
 
 def _plain(attributes: Any) -> dict[str, Any]:

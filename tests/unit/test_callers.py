@@ -9,10 +9,14 @@ import pytest
 
 from infermesh.errors import MeshError, Reason
 from services.chassis.keys import Key, Keys
+from services.gateway.entrance import Entrance
 from services.gateway.front.callers import request_id, trace_context
 from services.gateway.front.rpc import Door
+from services.gateway.upstream.calls import Call
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+ENTRANCE = Entrance("infermesh.v1.EmbeddingService/EmbedStream")
 
 
 class Context:
@@ -30,10 +34,11 @@ class Watcher:
     def __init__(self) -> None:
         self.seen: list[tuple[str, str, Reason, str]] = []
 
-    def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None:
-        self.seen.append((front, method, error.reason, request_id))
+    def refused(self, method: str, error: MeshError, call: Call, took_s: float = 0.0) -> None:
+        assert call.entrance is not None
+        self.seen.append((call.entrance.front, method, error.reason, call.request_id))
 
-    def root(self, name: str, request_id: str, trace: object) -> None:
+    def root(self, call: Call) -> None:
         return None
 
 
@@ -55,9 +60,11 @@ def test_only_a_trace_context_travels(parent: str | None, state: str | None, tra
 
 async def test_a_grpc_call_carries_what_fits() -> None:
     door: Any = Door(None, Keys(), None)  # type: ignore[arg-type]
-    call = door.call("chat", Context(("traceparent", "x" * 7000), ("tracestate", "k=v"), ("x-request-id", "mine")))
+    call = door.call(
+        "chat", ENTRANCE, Context(("traceparent", "x" * 7000), ("tracestate", "k=v"), ("x-request-id", "mine"))
+    )
     assert (call.trace, call.request_id, call.deadline) == ({}, "mine", None)
-    assert door.call("chat", Context(("traceparent", PARENT))).trace == {"traceparent": PARENT}
+    assert door.call("chat", ENTRANCE, Context(("traceparent", PARENT))).trace == {"traceparent": PARENT}
 
 
 async def test_whoever_may_not_call_is_counted_for_every_method() -> None:
@@ -65,9 +72,10 @@ async def test_whoever_may_not_call_is_counted_for_every_method() -> None:
     keys = Keys((Key(sha256=hashlib.sha256(b"right").hexdigest(), tenant="acme"),))
     door: Any = Door(None, keys, watcher)  # type: ignore[arg-type]
     with pytest.raises(MeshError):
-        door.call("embed_stream", Context(("authorization", "Bearer wrong")))
-    assert watcher.seen == [("grpc", "embed_stream", Reason.UNAUTHENTICATED, "")]
-    assert door.call("embed_stream", Context(("authorization", "Bearer right"))).caller.tenant == "acme"
+        door.call("embed_stream", ENTRANCE, Context(("authorization", "Bearer wrong")))
+    ((front, name, reason, id),) = watcher.seen
+    assert (front, name, reason) == ("grpc", "embed_stream", Reason.UNAUTHENTICATED) and id.startswith("req-")
+    assert door.call("embed_stream", ENTRANCE, Context(("authorization", "Bearer right"))).caller.tenant == "acme"
 
 
 @pytest.mark.parametrize("given", ["", "a b", "é", "x\n", "x" * 129, None])

@@ -43,10 +43,11 @@ def test_every_verb_and_every_option_is_in_the_page_of_configuration() -> None:
 
 def test_every_metric_is_in_the_page_of_operations() -> None:
     observe = Observe()
-    observe.watch_loop(HoldMeter())
-    observe.watch_groups(list)
+    observe.metrics.watch_loop(HoldMeter())
+    observe.metrics.watch_groups(list)
     families = {
-        f"{family.name}_total" if family.type == "counter" else family.name for family in observe.registry.collect()
+        f"{family.name}_total" if family.type == "counter" else family.name
+        for family in observe.metrics.registry.collect()
     }
     assert set(re.findall(r"infermesh_gateway_\w+", _text("operations.md"))) == families
 

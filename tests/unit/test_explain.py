@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from infermesh.cli import explain
-from services.gateway.observe import Report, Tried
 from services.gateway.past.decisions import kept, past, shown
+from services.gateway.report import Report, Tried
 from services.gateway.routing import filters
 from services.gateway.routing.decision import TERMS, Candidate, Record
 

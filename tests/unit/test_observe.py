@@ -1,10 +1,16 @@
-"""What the gateway counts of an answer, by the operator's objective."""
+"""What the gateway counts: the objective, predictions against what came, and a bounded set of labels."""
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 
-from services.gateway.observe import Observe, Report
+from services.gateway import metrics
+from services.gateway.observe import Observe
+from services.gateway.report import Report
+from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
 
 
@@ -13,7 +19,7 @@ def verdicts(report: Report, **targets: float) -> dict[str, float]:
     observe.finished(report)
     return {
         sample.labels["verdict"]: sample.value
-        for family in observe.registry.collect()
+        for family in observe.metrics.registry.collect()
         for sample in family.samples
         if sample.name == "infermesh_gateway_objective_total"
     }
@@ -42,3 +48,67 @@ def test_an_answer_met_the_objective_or_missed_a_target(
 def test_failures_and_other_methods_are_not_judged() -> None:
     assert verdicts(Report("r", "chat", "t", "m", "engine_failed")) == {}
     assert verdicts(Report("r", "embed", "t", "m", "ok", "i", "m", 1, 0.1, 0.1)) == {}
+
+
+def values(observe: Observe, name: str) -> dict[tuple[str, ...], float]:
+    """Every series of a metric, by the values of its labels."""
+    samples = (sample for family in observe.metrics.registry.collect() for sample in family.samples)
+    return {tuple(one.labels.values()): one.value for one in samples if one.name == f"infermesh_gateway_{name}"}
+
+
+def answered(model: str = "m", instance: str = "i", **more: Any) -> Report:
+    record = Record("llm", model, instance, "least_cost", cached_tokens=64, predicted_ttft_s=0.2, waited_s=0.5)
+    numbers = {"ttft_s": 0.8, "duration_s": 1.8, "prompt_tokens": 100, "completion_tokens": 11, "cached_tokens": 48}
+    return Report("r", "chat", "t", model, "ok", instance, model, 1, record=record, **(numbers | more))
+
+
+def test_predictions_are_held_against_what_came() -> None:
+    observe = Observe()
+    observe.finished(answered())
+    assert values(observe, "prefix_tokens_total") == {
+        ("m", "i", "prompt"): 100,
+        ("m", "i", "predicted"): 64,
+        ("m", "i", "found"): 48,
+    }
+    assert values(observe, "ttft_prediction_ratio_sum") == {("m", "i"): pytest.approx(1.5)}, "0.3 s of its own, not 0.2"
+    assert values(observe, "time_per_token_seconds_sum") == {("m", "i"): pytest.approx(0.1)}
+    assert values(observe, "waited_seconds_sum") == {("m",): 0.5}
+    observe.finished(dataclasses.replace(answered(), attempts=2))
+    assert values(observe, "ttft_prediction_ratio_count") == {("m", "i"): 1}, (
+        "the first attempt was predicted, not both"
+    )
+
+
+def test_another_model_that_serves_is_counted() -> None:
+    observe = Observe()
+    report = answered("small")
+    assert report.record is not None
+    observe.finished(dataclasses.replace(report, record=dataclasses.replace(report.record, degraded_from="large")))
+    assert values(observe, "degrades_total") == {("large", "small"): 1}
+
+
+def test_what_is_shed_names_its_model_and_what_nobody_serves_does_not() -> None:
+    observe = Observe()
+    for outcome, asked in (("queue_full", "m"), ("model_not_found", "x" * 300), ("invalid_argument", "y")):
+        record = None if outcome == "invalid_argument" else Record("llm", asked)
+        observe.finished(Report("r", "chat", "t", asked, outcome, record=record))
+    assert set(values(observe, "requests_total")) == {
+        ("chat", "m", "", "queue_full"),
+        ("chat", "", "", "model_not_found"),
+        ("chat", "", "", "invalid_argument"),
+    }
+
+
+def test_the_series_stay_few_whatever_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "MODELS", 8)
+    monkeypatch.setattr(metrics, "INSTANCES", 16)
+    observe = Observe()
+    for number in range(100):
+        observe.finished(answered(f"model-{number}", f"pod-{number}"))
+        observe.finished(answered("model-0", "stays"))
+        observe.metrics.ejected(f"pod-{number}", "left")
+    requests = values(observe, "requests_total")
+    assert {labels[1] for labels in requests} <= {*(f"model-{n}" for n in range(8)), "other"}
+    assert requests["chat", "model-0", "stays", "ok"] == 100
+    assert len({labels[2] for labels in requests}) == 16 == len(values(observe, "ejections_total")) + 1
+    assert len(values(observe, "ttft_seconds_count")) == 16

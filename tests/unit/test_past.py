@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from services.gateway.observe import Report, Tried
 from services.gateway.past import decisions as past_decisions
 from services.gateway.past.decisions import SHOWN, Decisions, kept, past, shown
 from services.gateway.past.ring import CHUNK, FILES, Ring
+from services.gateway.report import Report, Tried
 from services.gateway.routing.decision import TERMS, Candidate, Record
 
 

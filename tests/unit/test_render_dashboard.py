@@ -12,10 +12,10 @@ from services.gateway.observe import Observe
 
 def exported() -> set[str]:
     observe = Observe()
-    observe.watch_loop(HoldMeter())
-    observe.watch_groups(list)
+    observe.metrics.watch_loop(HoldMeter())
+    observe.metrics.watch_groups(list)
     kinds = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_count", "_sum")}
-    return {f"{one.name}{end}" for one in observe.registry.collect() for end in kinds[one.type]}
+    return {f"{one.name}{end}" for one in observe.metrics.registry.collect() for end in kinds[one.type]}
 
 
 def test_every_metric_of_the_dashboard_is_exported() -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from infermesh.cli.record import line_of
 from infermesh.errors import MeshError
-from services.gateway.observe import Report
 from services.gateway.past import traffic
 from services.gateway.past.traffic import Traffic, traced
+from services.gateway.report import Report
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
 from services.gateway.simulator.trace import parse_trace

@@ -16,13 +16,16 @@ from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
 from infermesh.v1 import retrieve_pb2 as rt
 from services.chassis.rpc import Context, abort, as_mesh_error
+from services.gateway.entrance import Entrance
 from services.gateway.front import passages
 from services.gateway.front.passages import Known
-from services.gateway.front.rpc import Door, identity, parse
+from services.gateway.front.rooted import rooted
+from services.gateway.front.rpc import RETRIEVE, Door, identity, parse
 from services.gateway.upstream.calls import Call, DirectoryView, Forward, Method, Reply
 
 STAGE_SHARE = 0.25  # of the time left, for each stage before the chat
 STAGE_S = 30.0
+_ENTRANCE = Entrance(f"{RETRIEVE}/Answer")
 ROWS = 256  # vectors compared in one turn of the loop
 # The caller's own faults, which end the call; any other failure of a stage before the chat skips it.
 _CALLERS = frozenset(
@@ -44,9 +47,8 @@ class Answer:
 
     async def __call__(self, request: bytes, context: Context) -> None:
         try:
-            call = self._door.call("answer", context)
-            message = parse(rt.AnswerRequest, request)
-            with self._door.rooted("answer", call) as call:
+            with rooted(self._door.watcher, self._door.call("answer", _ENTRANCE, context)) as call:
+                message = parse(rt.AnswerRequest, request)
                 async with aclosing(answer(message, call, self._door.forward, self._directory)) as events:
                     async for reply, event in events:
                         if event.HasField("chat") and event.chat.HasField("started"):

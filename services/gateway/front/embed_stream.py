@@ -10,10 +10,13 @@ import grpc.aio
 from infermesh.errors import MeshError, Reason
 from infermesh.v1 import embedding_pb2 as em
 from services.chassis.rpc import Context, abort, as_mesh_error
-from services.gateway.front.rpc import Door, identity, parse
+from services.gateway.entrance import Entrance
+from services.gateway.front.rooted import rooted
+from services.gateway.front.rpc import EMBEDDING, Door, identity, parse
 from services.gateway.upstream.calls import Call, Method, Reply
 
 IN_FLIGHT = 8
+_ENTRANCE = Entrance(f"{EMBEDDING}/EmbedStream")
 _KEPT = ("model", "truncation", "normalize", "dimensions", "task", "prefix", "hints", "max_tokens")
 _BATCH_TAG = b"\x0a"  # field 1 of EmbedStreamResponse, length-delimited
 
@@ -25,7 +28,7 @@ class EmbedStream:
     async def __call__(self, requests: Any, context: Context) -> None:
         tasks: set[asyncio.Task[Any]] = set()
         try:
-            with self._door.rooted("embed_stream", self._door.call("embed_stream", context)) as call:
+            with rooted(self._door.watcher, self._door.call("embed_stream", _ENTRANCE, context)) as call:
                 await self._run(call, context, tasks)
         except (asyncio.CancelledError, grpc.aio.AbortError):
             raise

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 
 from infermesh.errors import MeshError, Reason
 from services.gateway.front.disconnect import Attended
 from services.gateway.front.rest_exchange import Exchange
+from services.gateway.front.rooted import rooted
 from services.gateway.upstream.calls import Call, Identity, Method
 
 WIDTH = 32  # calls of one request that run at once
@@ -39,6 +41,15 @@ async def events(
             async for event in reply:
                 yield 0, reply.identity, event.message
         return
+    with rooted(exchange.watcher, call) as part:
+        async with aclosing(_together(exchange, method, requests, part)) as happenings:
+            async for happening in happenings:
+                yield happening
+
+
+async def _together(
+    exchange: Exchange, method: Method, requests: Sequence[Any], call: Call
+) -> AsyncGenerator[Happening, None]:
     queue: asyncio.Queue[Happening | Exception | None] = asyncio.Queue(_AHEAD)
     waiting = iter(range(len(requests)))
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from infermesh.errors import MeshError, Reason, invalid, unsupported
 from infermesh.v1 import inference_pb2 as inf
+from services.chassis.keys import Keys
 from services.gateway.config import Limits
+from services.gateway.entrance import Entrance
 from services.gateway.front.callers import request_id, trace_context
 from services.gateway.front.disconnect import ClientGone
 from services.gateway.front.rest_errors import Headers, error_headers, error_json, header_value, rest_param
-from services.gateway.upstream.calls import Call, Caller, Forward, Identity, Method, Reply
+from services.gateway.upstream.calls import Call, Caller, Forward, Identity, Method, Reply, Watcher
 
 JSON = (b"content-type", b"application/json")
 # A client that is still writing when the connection closes may never see the answer, so this much is read and dropped.
@@ -32,21 +34,34 @@ class Pending:
     suffix: bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Front:
+    """What all requests share."""
+
+    forward: Forward
+    keys: Keys
+    limits: Limits
+    watcher: Watcher
+    draining: Callable[[], bool]
+
+
 class Exchange:
     """`names` translates the contract's field paths into the caller's; `ignored` are parameters without effect."""
 
     __slots__ = (
-        "_closing", "_forward", "_limits", "_size", "arrived", "caller", "failure", "headers", "ignored", "names",
-        "opened", "receive", "request_id", "scope", "send", "started",
+        "_closing", "_forward", "_limits", "_size", "arrived", "caller", "entrance", "failure", "headers", "ignored",
+        "names", "opened", "receive", "request_id", "scope", "send", "started", "watcher",
     )  # fmt: skip
 
-    def __init__(self, scope: Any, receive: Any, send: Any, forward: Forward, limits: Limits, closing: bool) -> None:
+    def __init__(self, scope: Any, receive: Any, send: Any, front: Front, entrance: Entrance) -> None:
         self.scope = scope
         self.receive = receive
         self.send = send
-        self._forward = forward
-        self._limits = limits
-        self._closing = closing  # ask the client to come back on another connection
+        self._forward = front.forward
+        self._limits = front.limits
+        self.watcher = front.watcher
+        self.entrance = entrance
+        self._closing = front.draining()  # ask the client to come back on another connection
         self._size = 0
         self.arrived = asyncio.get_running_loop().time()
         self.headers: dict[bytes, bytes] = dict(scope["headers"])
@@ -137,8 +152,22 @@ class Exchange:
                 deadline = self.arrived + max(0.001, min(float(seconds), 86_400.0))
             except ValueError:  # SDKs also send words such as NOT_GIVEN
                 deadline = None
-        trace = trace_context(self.header("traceparent"), self.header("tracestate"))
-        return Call(self.request_id, self.caller, deadline, trace)
+        return Call(self.request_id, self.caller, deadline, self.trace, entrance=self.entrance)
+
+    @property
+    def trace(self) -> dict[str, str]:
+        return trace_context(self.header("traceparent"), self.header("tracestate"))
+
+    def without(self, error: MeshError | None) -> None:
+        """Tells the watcher of a request that ended without the forwarder, well or not."""
+        if self.opened:
+            return
+        call = Call(self.request_id, self.caller, trace=self.trace, entrance=self.entrance)
+        took_s = asyncio.get_running_loop().time() - self.arrived
+        if error is not None:
+            self.watcher.refused(self.entrance.path or "unknown", error, call, took_s)
+        elif (root := self.watcher.root(call)) is not None:
+            root.ended("ok", took_s)
 
     def hint(self, hints: inf.Hints) -> None:
         """Writes the wishes that came as headers; they go before those in the body.

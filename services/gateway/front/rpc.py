@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -24,14 +22,20 @@ from services.chassis.identity import (
 )
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, abort, as_mesh_error
+from services.gateway.entrance import Entrance
 from services.gateway.front.callers import caller, request_id, trace_context
 from services.gateway.upstream.calls import Call, Forward, Identity, Method, Reply, Watcher
-from services.gateway.upstream.failures import word
 
 LANGUAGE_MODEL = "infermesh.v1.LanguageModelService"
 EMBEDDING = "infermesh.v1.EmbeddingService"
 RERANK = "infermesh.v1.RerankService"
 RETRIEVE = "infermesh.v1.RetrieveService"
+_ENTRANCES = {method: Entrance(method.path.lstrip("/")) for method in Method}
+_NAMES = {
+    **{entrance.path: method.name.lower() for method, entrance in _ENTRANCES.items()},
+    f"{EMBEDDING}/EmbedStream": "embed_stream",
+    f"{RETRIEVE}/Answer": "answer",
+}
 
 
 class Door:
@@ -40,51 +44,46 @@ class Door:
     def __init__(self, forward: Forward, keys: Keys, watcher: Watcher) -> None:
         self.forward = forward
         self._keys = keys
-        self._watcher = watcher
+        self.watcher = watcher
 
-    def call(self, name: str, context: Context) -> Call:
+    def call(self, name: str, entrance: Entrance, context: Context) -> Call:
         """The circumstances of a call; who may not call never reaches the forwarder, and is counted here.
 
         Raises:
             MeshError: UNAUTHENTICATED.
         """
-        try:
-            return self._call(context)
-        except MeshError as error:
-            self._watcher.refused("grpc", name, error, "")
-            raise
-
-    def _call(self, context: Context) -> Call:
         given = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         remaining = context.time_remaining()
         deadline = None if remaining is None else asyncio.get_running_loop().time() + remaining
-        who = caller(self._keys, given.get("authorization"))
         trace = trace_context(given.get("traceparent"), given.get("tracestate"))
-        return Call(request_id(given.get(REQUEST_KEY)), who, deadline, trace)
-
-    @contextmanager
-    def rooted(self, name: str, call: Call) -> Iterator[Call]:
-        """The call with a span of its own above those of the requests that serve it, where spans are kept."""
-        root = self._watcher.root(name, call.request_id, call.trace)
-        if root is None:
-            yield call
-            return
+        id = request_id(given.get(REQUEST_KEY))
         try:
-            yield replace(call, trace=root.headers())
-        except BaseException as error:
-            root.ended(word(error), failed=True)
+            who = caller(self._keys, given.get("authorization"))
+        except MeshError as error:
+            self.watcher.refused(name, error, Call(id, trace=trace, entrance=entrance))
             raise
-        root.ended(word(None), failed=False)
+        return Call(id, who, deadline, trace, entrance=entrance)
 
     def read(self, method: Method, request: bytes, context: Context) -> tuple[Any, Call]:
         """The message and its circumstances; bytes that are no message are counted here too."""
         name = method.name.lower()
-        call = self.call(name, context)
+        call = self.call(name, _ENTRANCES[method], context)
         try:
             return parse(method.request, request), call
         except MeshError as error:
-            self._watcher.refused("grpc", name, error, call.request_id)
+            self.watcher.refused(name, error, call)
             raise
+
+    def turned_away(self, details: grpc.HandlerCallDetails, error: MeshError) -> None:
+        """A call that the gate refused before it came here: this gateway is starting or draining."""
+        path = details.method.lstrip("/")
+        name = _NAMES.get(path)
+        if name is None:
+            return  # callers choose paths
+        given = {key: value for key, value in details.invocation_metadata or () if isinstance(value, str)}
+        trace = trace_context(given.get("traceparent"), given.get("tracestate"))
+        call = Call(request_id(given.get(REQUEST_KEY)), trace=trace, entrance=Entrance(path))
+        self.watcher.refused(name, error, call)
 
     async def unary(self, method: Method, request: bytes, context: Context) -> bytes:
         try:

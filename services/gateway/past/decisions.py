@@ -14,8 +14,8 @@ from typing import Any
 import orjson
 import structlog
 
-from services.gateway.observe import Report
 from services.gateway.past.ring import Ring
+from services.gateway.report import Report
 from services.gateway.routing.decision import TERMS, Candidate, Record
 
 FLUSH_S = 0.25

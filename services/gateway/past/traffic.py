@@ -15,7 +15,7 @@ from hashlib import blake2b
 
 from infermesh.errors import MeshError, Reason
 from infermesh.v1 import mesh_pb2 as ms
-from services.gateway.observe import Report
+from services.gateway.report import Report
 
 TAPS = 4  # recordings at a time
 REQUESTS = 8192  # that may wait to be read, with as many blocks altogether as follow

@@ -24,6 +24,7 @@ from infermesh.errors import MeshError
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1 import rerank_pb2 as rr
+from services.gateway.entrance import Entrance
 
 
 class Method(Enum):
@@ -64,6 +65,7 @@ class Caller:
 @dataclass(frozen=True, slots=True)
 class Call:
     """The circumstances of one request. `deadline` is on the event loop's clock, None = the gateway's default.
+    `entrance`: where it came in; None = it is a part of another one.
 
     `collected`: the caller gets the whole answer or none, so that one that was lost half-way may begin anew elsewhere.
     """
@@ -73,6 +75,7 @@ class Call:
     deadline: float | None = None
     trace: Mapping[str, str] = field(default_factory=dict)  # traceparent, tracestate
     collected: bool = False
+    entrance: Entrance | None = None
 
     @property
     def trace_id(self) -> str:
@@ -187,21 +190,24 @@ class DirectoryView(Protocol):
 
 
 class Root(Protocol):
+    @property
     def headers(self) -> dict[str, str]:
         """The trace context for what is below it."""
         ...
 
-    def ended(self, outcome: str, failed: bool) -> None: ...
+    def ended(self, outcome: str, took_s: float = 0.0) -> None: ...
 
 
 class Watcher(Protocol):
     """What a front tells of requests that never reach the forwarder, and where /metrics comes from. The forwarder
     itself counts and logs every request that was opened."""
 
-    def refused(self, front: str, method: str, error: MeshError, request_id: str) -> None: ...
+    def refused(self, method: str, error: MeshError, call: Call, took_s: float = 0.0) -> None:
+        """`took_s`: how long ago it came in."""
+        ...
 
-    def root(self, name: str, request_id: str, trace: Mapping[str, str]) -> Root | None:
-        """The span above the requests of one call; None while spans are not kept."""
+    def root(self, call: Call) -> Root | None:
+        """The server span of a request that the forwarder does not serve as it is; None while spans are not kept."""
         ...
 
     def exposition(self, accept: str = "") -> tuple[bytes, str]:

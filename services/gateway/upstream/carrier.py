@@ -78,7 +78,7 @@ class Carrier:
             self._wake(effect)
         elif isinstance(effect, Eject):
             log.warning("instance takes no more work", instance=effect.instance_id, why=effect.why, cause=effect.cause)
-            self._observe.ejected(effect.instance_id, effect.cause)
+            self._observe.metrics.ejected(effect.instance_id, effect.cause)
             self.touch()
         elif isinstance(effect, Probe):
             self._probe(effect.instance_id)
@@ -138,7 +138,7 @@ class Carrier:
         instance, call = self._calls.pop(effect.seq, ("", None))
         if call is not None:
             log.warning("call abandoned", instance=instance, seq=effect.seq, why=effect.why)
-            self._observe.abandoned(instance)
+            self._observe.metrics.abandoned(instance)
             call.cancel()
 
     async def wait(self, ticket: int) -> Dispatch | Refuse:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from infermesh.errors import MeshError, Reason
 from registry.endpoint import Endpoint
 from services.chassis.identity import REQUEST_KEY
-from services.gateway.observe import Report, Tried
+from services.gateway.report import Report, Tried
 from services.gateway.routing import failover
 from services.gateway.routing.decision import Lease, Record, Refuse, Wait
 from services.gateway.routing.facts import Facts
@@ -63,7 +63,7 @@ class Exchange:
         self._reserved = 0
         self._retrying = False
         self._finished = False
-        self._spans = forwarder.observe.trace(method.name, call.request_id, call.trace)
+        self._spans = forwarder.observe.trace(method.name, call)
         self.attempts = 0
         self.identity = Identity("", "")
 
@@ -191,7 +191,7 @@ class Exchange:
         decision = carrier.router.pick(kept.facts(self._facts, now), now, self._forwarder.draw.random())
         if isinstance(decision, Wait):
             self._record = decision.record  # all there will be, should the caller leave meanwhile
-            gauge = self._forwarder.observe.waiting
+            gauge = self._forwarder.observe.metrics.waiting
             gauge.inc()
             try:
                 decision = await carrier.wait(decision.ticket)
@@ -340,7 +340,7 @@ class Exchange:
             attempt.end(failure)
             if self._spans is not None:
                 told = (attempt.verified, attempt.ttft_s, attempt.tokens)
-                self._spans.attempt_ended(word(failure), failure is not None, *told)
+                self._spans.attempt_ended(word(failure), *told)
 
     def _stop_retrying(self) -> None:
         if self._retrying:
@@ -391,4 +391,4 @@ class Exchange:
         )
         forwarder.observe.finished(report, error)
         if self._spans is not None:
-            self._spans.ended(outcome, error is not None, prompt, completion, report.cached_tokens, report.served_model)
+            self._spans.ended(report, self._events > 0 and not self._context.collected)

@@ -10,7 +10,7 @@ from google.protobuf.message import DecodeError
 
 from infermesh.errors import REASON_KEY, MeshError, Reason, from_rpc
 from services.chassis.rpc import as_mesh_error
-from services.gateway.observe import OK
+from services.gateway.report import OK
 from services.gateway.routing import failover
 from services.gateway.routing.decision import Refuse
 from services.gateway.routing.facts import End

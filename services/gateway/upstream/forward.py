@@ -50,11 +50,11 @@ class Forwarder:
 
     def enter(self) -> None:
         self.budget.enter()
-        self.observe.in_flight.set(self.budget.live)
+        self.observe.metrics.in_flight.set(self.budget.live)
         self.idle.clear()
 
     def leave(self) -> None:
         self.budget.live -= 1
-        self.observe.in_flight.set(self.budget.live)
+        self.observe.metrics.in_flight.set(self.budget.live)
         if not self.budget.live:
             self.idle.set()

@@ -19,6 +19,7 @@ from infermesh.errors import MeshError, Reason, invalid
 from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.worker_pb2 import Load
 from services.chassis.held_prefixes import HeldPrefixes
+from services.chassis.telemetry import BELOW
 from services.llm.engine import EngineInfo, Event
 from services.llm.engines.vllm_events import KvEvents
 from services.llm.engines.vllm_launch import Launched, launch
@@ -168,7 +169,10 @@ class VllmEngine:
                 return
             whole = params(rest, max_tokens=left)
             engine_input, reasoning = prompt.after(done)
-        outputs = self._ready.engine.generate(engine_input, whole, secrets.token_hex(12), **reasoning)
+        engine = self._ready.engine
+        if engine.observability_config.otlp_traces_endpoint is not None:
+            reasoning["trace_headers"] = dict(BELOW.get())
+        outputs = engine.generate(engine_input, whole, secrets.token_hex(12), **reasoning)
         async with aclosing(outputs):
             async for output in outputs:
                 event = answer.event(output)

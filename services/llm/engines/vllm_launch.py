@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from infermesh.errors import MeshError, Reason
 from services.llm.engines.vllm_orphan import LEADER
@@ -67,6 +68,10 @@ def environment(settings: LlmSettings, host: Host) -> dict[str, str]:
     }
     if is_local(settings.source):
         wanted["HF_HUB_OFFLINE"] = "1"
+    if "otlp_traces_endpoint" in settings.vllm.engine_args:  # vLLM's own spans say whose they are
+        wanted |= {"OTEL_SERVICE_NAME": "vllm", "OTEL_RESOURCE_ATTRIBUTES": "service.namespace=infermesh"}
+        if settings.instance_id:
+            wanted["OTEL_RESOURCE_ATTRIBUTES"] += f",service.instance.id={quote(settings.instance_id)}"
     if not host.gpus:
         wanted |= _cpu_environment(settings, host)
     return wanted

@@ -10,8 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from services.gateway.observe import Report
 from services.gateway.past.decisions import Decisions, shown
+from services.gateway.report import Report
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.calls import Caller, DirectoryView, InstanceView, ModelView
