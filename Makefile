@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check protos bench traced routing seams peers vllms compat faults constraints clean soak
+.PHONY: help up test setup check gguf protos bench traced routing seams peers vllms compat faults constraints clean soak
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -78,6 +78,10 @@ seams: ## 10,000 random deaths against the vLLM engine's replay (minutes)
 vllms: ## two real vLLM instances, one slowed to half, behind the gateway and in turn, beside sim (ARGS="--write")
 	@$(SETUP) main llm
 	@exec $(BIN)/python -m tests.bench.two_vllms $(ARGS)
+
+gguf: ## a GGUF model over two RPC workers of a real llama.cpp, which is built first (ARGS="--llama FOLDER" has one)
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.bench.gguf_workers $(ARGS)
 
 soak: ## random faults, one every 10 to 20 s, for MINUTES=10; memory, descriptors and every answer are judged
 	@$(SETUP) main

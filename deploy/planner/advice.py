@@ -43,7 +43,7 @@ def _smaller_weights(shape: Shape, dtype: str, hosts: Sequence[Host], wanted: Wa
     for smaller in SMALLER.get(dtype, ()):
         for host in hosts:
             found = layouts(shape, smaller, host, wanted.short, ("fp16",)) if host.free else []
-            if found and not shape.gguf:
+            if found:
                 ways.append(f"{smaller} weights fit on {host.node.name} at TP{found[0].setup.tp} ({QUALITY[smaller]})")
                 break
     return ways

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 
 from deploy.fleet import Instance, Model
 from deploy.planner.catalogue import GIB, Support
 from deploy.planner.demand import load, most
 from deploy.planner.estimate import Estimate
-from deploy.planner.gguf_split import Split, split_layers
+from deploy.planner.gguf_split import Split, on_one_card, split_layers
 from deploy.planner.hosts import Host
 from deploy.planner.layout import engine_of
 from deploy.planner.memory import MAX_RUNNING, Setup, memory
@@ -22,20 +23,53 @@ from deploy.planner.wanted import Wanted
 
 _NONE = Support(())
 RPC_PORT = 50052  # llama.cpp's own default
+MOST_CARDS = 16  # that llama.cpp lists
 
 
 def place_gguf(model: Model, shape: Shape, found: Found, wanted: Wanted, tier: str) -> bool:
-    """On the fewest cards of one kind that hold all layers, those of one host before those of several."""
-    for group in _by_card(shape, found):
+    """On the fewest cards of one kind that hold all layers, those of one host before those of several; on unlike cards
+    where no kind has enough."""
+    alike = _by_card(shape, found)
+    mixed = [sorted((host for group in alike for host in group), key=lambda host: -host.card.memory)]
+    for group in [*alike, *(mixed if len(alike) > 1 else [])]:
         places = [(host, card) for host in group for card in host.free]
-        length = min(max(model.max_context or wanted.threshold, wanted.short.length), shape.max_context)
+        length = _length(model, shape, wanted)
         for count in range(1, len(places) + 1):
-            taken = places[:count]
+            taken = _in_their_order(places[:count])
             split = split_layers(shape, [host.card for host, _ in taken], length)
             if split.fits:
                 _put_gguf(model, shape, taken, split, length, found, wanted, tier)
                 return True
     return False
+
+
+def no_gguf(model: Model, shape: Shape, found: Found, wanted: Wanted) -> str:
+    """The fault of a GGUF model that all free cards together do not hold, with how many of a kind would."""
+    length = _length(model, shape, wanted)
+    need = on_one_card(shape, length).value / GIB
+    kinds = {host.card.name: host for host in found.hosts if engine_of(shape, host.card) and not host.card.cpu}
+    ways = []
+    for name, host in kinds.items():
+        counts = (n for n in range(1, MOST_CARDS + 1) if split_layers(shape, [host.card] * n, length).fits)
+        if (count := next(counts, 0)) > 0:
+            ways.append(f"{count} {name}, in one host or several")
+    free = ", ".join(f"{len(host.free)} {host.card.name} in {host.node.name}" for host in found.hosts if host.free)
+    return (
+        f"fits nowhere: {need:.2f} GiB of VRAM for {length:,} tokens of context, and a compute buffer on each further "
+        f"card; free are {free or 'no cards'}. Ways out: {'; '.join([*ways, 'a shorter max_context'])}"
+    )
+
+
+def _length(model: Model, shape: Shape, wanted: Wanted) -> int:
+    """Tokens of context that a slot is given."""
+    return min(max(model.max_context or wanted.threshold, wanted.short.length), shape.max_context)
+
+
+def _in_their_order(taken: Sequence[tuple[Host, int]]) -> list[tuple[Host, int]]:
+    """As llama.cpp lists them and fills them with layers: the workers' cards first, the server's own last. The server
+    is on the first host, and what comes after the last layer is on its last card."""
+    lead = taken[0][0]
+    return [one for one in taken if one[0] is not lead] + [one for one in taken if one[0] is lead]
 
 
 def _by_card(shape: Shape, found: Found) -> list[list[Host]]:
@@ -58,7 +92,8 @@ def _put_gguf(
     tier: str,
 ) -> None:
     assert shape.gguf is not None
-    lead, card = taken[0][0], taken[0][0].card
+    lead = taken[-1][0]
+    card = min((host.card for host, _ in taken), key=lambda card: card.bandwidth_gbs)  # the slowest sets the pace
     hosts = list(dict.fromkeys(host.node.name for host, _ in taken))
     setup = Setup(shape.dtype, length, 1, len(taken), engine="openai-http", max_running=1)
     speed = llm_speed(shape, setup, card, nvlink=False, network=lead.node.network if len(hosts) > 1 else "")
@@ -69,8 +104,9 @@ def _put_gguf(
         f"{host.node.name} card {index}: {n}" for (host, index), n in zip(taken, split.layers, strict=True)
     )
     reasons = [
-        f"{split.need.value / GIB:.2f} GiB of VRAM for {length:,} tokens of context (weights + KV + compute buffer), a "
-        f"{card.name} has {card.memory / GIB:.1f}: {len(taken)} card(s) of {len(hosts)} host(s)",
+        f"{split.need.value / GIB:.2f} GiB of VRAM for {length:,} tokens of context (weights + KV + compute buffer); "
+        + ", ".join(dict.fromkeys(f"a {host.card.name} has {host.card.memory / GIB:.1f}" for host, _ in taken))
+        + f": {len(taken)} card(s) of {len(hosts)} host(s)",
         f"layers: {layers}; the output head on the last; {split.ram.value / GIB:.2f} GiB of token table in RAM",
     ]
     name = f"{lead.node.name}-{model.id.split('/')[-1]}" if len(found.placed) else lead.node.name
@@ -107,19 +143,26 @@ def _commands(model: Model, taken: Sequence[tuple[Host, int]], split: Split, len
             continue
         host = next(host for host, _ in taken if host.node.name == name)
         cards = ",".join(str(index) for other, index in taken if other.node.name == name)
-        commands[name] = f"CUDA_VISIBLE_DEVICES={cards} rpc-server -H 0.0.0.0 -p {RPC_PORT}"
+        # Workers ask nobody who they are, and take addresses only: never on more than the network of the hosts.
+        commands[name] = f"CUDA_VISIBLE_DEVICES={cards} rpc-server -H {_bind(host)} -p {RPC_PORT}"
         workers.append(f"{host.node.address or name}:{RPC_PORT}")
     own = ",".join(str(index) for host, index in taken if host.node.name == lead.node.name)
-    # llama.cpp lists RPC devices before its own cards, and splits in that order.
-    order = [n for (host, _), n in zip(taken, split.layers, strict=True) if host.node.name != lead.node.name]
-    order += [n for (host, _), n in zip(taken, split.layers, strict=True) if host.node.name == lead.node.name]
+    order = [*split.layers[:-1], split.layers[-1] + 1]  # it counts the output head as a layer
     rpc = f" --rpc {','.join(workers)}" if workers else ""
     share = f" --tensor-split {','.join(map(str, order))}" if len(order) > 1 else ""
     commands[lead.node.name] = (
-        f"CUDA_VISIBLE_DEVICES={own} llama-server -m {model.source} -c {length} -ngl 999{rpc}{share} "
-        f"--host 0.0.0.0 --port {SERVER_PORT}"
+        f"CUDA_VISIBLE_DEVICES={own} llama-server -m {model.source} -c {length} -np 1 -ngl 999{rpc}{share} "
+        f"--host {_bind(lead)} --port {SERVER_PORT}"
     )
     return commands
+
+
+def _bind(host: Host) -> str:
+    """The node's address where it is one by its form, else all of them."""
+    try:
+        return str(ip_address(host.node.address))
+    except ValueError:
+        return "0.0.0.0"
 
 
 def place_over_hosts(model: Model, shape: Shape, dtype: str, found: Found, wanted: Wanted) -> bool:

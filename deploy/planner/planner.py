@@ -20,7 +20,7 @@ from deploy.planner.hosts import Host, hosts_of, node_faults
 from deploy.planner.layout import lacking
 from deploy.planner.place_encoder import place_encoders
 from deploy.planner.place_llm import Found, place_fallback, place_primary
-from deploy.planner.place_wide import place_gguf, place_over_hosts
+from deploy.planner.place_wide import no_gguf, place_gguf, place_over_hosts
 from deploy.planner.placed import Placed, Plan, Tier
 from deploy.planner.shape import Shape
 from deploy.planner.wanted import Wanted, wanted_of
@@ -81,8 +81,7 @@ def _place(
     wanted = _shared(wanted, len(primary), found)
     for index, model in primary:
         if not _primary(model, shapes[model.id], found, wanted):
-            dtype = dtype_of(model, shapes[model.id])
-            yield Fault(f"models[{index}]", why_nowhere(shapes[model.id], dtype, found.hosts, wanted, catalogue))
+            yield Fault(f"models[{index}]", _nowhere(model, shapes[model.id], found, wanted, catalogue))
     oldest = _oldest(found) if spare else []
     for model in place_encoders(encoders, found, wanted, oldest):
         index = fleet.models.index(model)
@@ -94,15 +93,20 @@ def _place(
         )
     for index, model in spare:
         shape = shapes[model.id]
-        dtype = dtype_of(model, shape)
         if shape.gguf:
             done = place_gguf(model, shape, found, wanted, "fallback")
         else:
-            done = place_fallback(model, shape, dtype, found, wanted)
+            done = place_fallback(model, shape, dtype_of(model, shape), found, wanted)
         if not done and not any(host.free for host in found.hosts):
             found.short.append(f"{model.id}: no card is left for the fallback model; degrading to it cannot work")
         elif not done:
-            yield Fault(f"models[{index}]", why_nowhere(shape, dtype, found.hosts, wanted, catalogue))
+            yield Fault(f"models[{index}]", _nowhere(model, shape, found, wanted, catalogue))
+
+
+def _nowhere(model: Model, shape: Shape, found: Found, wanted: Wanted, catalogue: Catalogue) -> str:
+    if shape.gguf:
+        return no_gguf(model, shape, found, wanted)
+    return why_nowhere(shape, dtype_of(model, shape), found.hosts, wanted, catalogue)
 
 
 def _primary(model: Model, shape: Shape, found: Found, wanted: Wanted) -> bool:

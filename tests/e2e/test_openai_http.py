@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,36 @@ async def test_it_is_found_out_and_a_chat_streams_through() -> None:
         assert (sent["max_tokens"], sent["temperature"], sent["stream"]) == (9, 0.7, True)
         assert sent["stream_options"]["include_usage"] and sent["messages"] == [{"role": "user", "content": "hi"}]
         assert engine.load().running == 0
+
+
+async def test_llama_cpp_as_it_answers() -> None:
+    """As `make gguf` saw it: slots in /props, log-probabilities of a completion in a chat's form, too long a prompt."""
+    entry = {"token": " layer", "bytes": [32, 108, 97, 121, 101, 114], "logprob": -2.4, "id": 264}
+    top = [{**entry}, {"token": "5", "bytes": [53], "logprob": -2.6, "id": 56}]
+    logprobs = {"content": [{**entry, "top_logprobs": top}]}
+    fake = Fake(owned_by="llamacpp", max_model_len=None)
+    fake.says(
+        {"choices": [{"text": " layer", "index": 0, "logprobs": logprobs, "finish_reason": None}]},
+        {"choices": [{"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}], "usage": USAGE["usage"]},
+    )
+    async with adopted(fake) as (engine, info):
+        assert (info.engine, info.engine_version) == ("openai-http:llama.cpp", "b1-0c1e570")
+        assert (info.capacity.context_max, info.capacity.max_running) == (1024, 2)
+        request = lm.CompleteRequest(model="m", text="the", sampling=lm.Sampling(max_tokens=1, logprobs=2))
+        events = await collect(engine.complete(request))
+        (said,) = [logprob for event in events for delta in event.deltas for logprob in delta.logprobs]
+        assert (said.token, round(said.logprob, 3)) == (" layer", -2.4)
+        assert [(one.token, one.rank) for one in said.top] == [(" layer", 1), ("5", 2)]
+        fake.status = 400
+        message = "request (1804 tokens) exceeds the available context size (1024 tokens), try increasing it"
+        fake.pieces = [
+            json.dumps({"error": {"code": 400, "message": message, "type": "exceed_context_size_error"}}).encode()
+        ]
+        with pytest.raises(MeshError) as caught:
+            await collect(engine.complete(request))
+        assert caught.value.reason is Reason.CONTEXT_LENGTH_EXCEEDED
+    async with adopted(Fake(owned_by="llamacpp"), max_running=1) as (_, info):
+        assert info.capacity.max_running == 1, "the operator's word"
 
 
 async def test_bytes_may_be_cut_anywhere_and_pings_come_between() -> None:

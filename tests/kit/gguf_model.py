@@ -68,16 +68,19 @@ def _write(path: Path, tensors: list[tuple[str, tuple[int, ...], Q]], number: in
 
 
 WORDS = ("▁the", "▁a", "▁card", "▁model", "▁token", "▁layer", "▁runs", "▁waits", "▁slow", "▁fast", "▁one", "▁two")
+# Sentencepiece joins two tokens at a time, so every beginning of a word is one.
+PIECES = tuple(dict.fromkeys(word[:end] for end in range(1, 8) for word in WORDS if end <= len(word)))
+LETTERS = tuple("abcdefghijklmnopqrstuvwxyz")
 
 
-def tiny_llama(path: Path, layers: int = 4, seed: int = 7) -> Path:
+def tiny_llama(path: Path, layers: int = 6, seed: int = 7) -> Path:
     """A whole model of the llama architecture with random weights, which llama.cpp loads: 64 wide, a byte vocabulary
     and a few words, a chat template. The wide initialiser keeps greedy answers from repeating one token."""
     rng = np.random.default_rng(seed)
     hidden, heads, kv, inner = 64, 4, 2, 128
     head = hidden // heads
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *WORDS]
-    kinds = [2, 3, 3, *([6] * 256), *([1] * len(WORDS))]  # unknown, control, byte, normal
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *LETTERS, *PIECES]
+    kinds = [2, 3, 3, *([6] * 256), *([1] * len(LETTERS + PIECES))]  # unknown, control, byte, normal
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(4096)
@@ -92,7 +95,9 @@ def tiny_llama(path: Path, layers: int = 4, seed: int = 7) -> Path:
     writer.add_vocab_size(len(tokens))
     writer.add_tokenizer_model("llama")
     writer.add_token_list(tokens)
-    writer.add_token_scores([0.0] * 3 + [-100.0] * 256 + [-float(rank) for rank in range(len(WORDS))])
+    writer.add_token_scores(
+        [0.0] * 3 + [-100.0] * 256 + [-50.0] * len(LETTERS) + [float(len(piece)) for piece in PIECES]
+    )
     writer.add_token_types(kinds)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

@@ -15,6 +15,9 @@ from services.llm.engine import EngineInfo, Event
 from services.llm.engines.openai_http import OpenAiHttpEngine
 from services.llm.settings import LlmSettings
 
+# What llama-server (b1-0c1e570, of llama-cpp-python 0.3.36) says of itself, as far as it is read.
+LLAMA_PROPS = {"default_generation_settings": {"n_ctx": 1024}, "total_slots": 2, "build_info": "b1-0c1e570"}
+
 
 class Fake:
     """Sends `pieces` of bytes as they are; `None` among them hangs until the client has gone."""
@@ -73,6 +76,7 @@ async def served(fake: Fake) -> AsyncIterator[str]:
     app = web.Application()
     app.router.add_get("/v1/models", fake.models)
     app.router.add_get("/version", _fixed({"version": "0.32.1"}))
+    app.router.add_get("/props", _fixed(LLAMA_PROPS))
     app.router.add_post("/v1/chat/completions", fake.answer)
     app.router.add_post("/v1/completions", fake.answer)
     app.router.add_post("/tokenize", fake.tokenize)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet import parse_fleet
+from deploy.fleet import FleetError, parse_fleet
 from deploy.model_files import read_models
 from deploy.model_files.gguf_file import read_gguf
 from deploy.planner.catalogue import GIB, shipped
@@ -57,10 +57,59 @@ traffic: {{requests_per_s: 0.01, prompt_tokens: 1000, output_tokens: 200}}
     found = plan(fleet, read.shapes, shipped(), read.unread, "x")
     [one] = found.placed
     assert one.instance.engine == "openai-http" and one.instance.url == "http://10.0.0.1:8080/v1"
-    assert set(one.commands) == {"a", "b"} and one.commands["b"].endswith("rpc-server -H 0.0.0.0 -p 50052")
-    assert f"llama-server -m {model} -c 8192 -ngl 999 --rpc 10.0.0.2:50052 --tensor-split" in one.commands["a"]
+    assert set(one.commands) == {"a", "b"} and one.commands["b"].endswith("rpc-server -H 10.0.0.2 -p 50052")
+    assert f"llama-server -m {model} -c 8192 -np 1 -ngl 999 --rpc 10.0.0.2:50052 --tensor-split" in one.commands["a"]
+    assert one.commands["a"].endswith("--host 10.0.0.1 --port 8080")
     told = plan_document(found, None)["instances"][0]
+    # Workers first, and the head counts as a layer: else llama.cpp puts a layer more on the first card than it holds.
+    worker, own = told["layers_per_card"]
+    assert f"--tensor-split {worker},{own + 1} " in one.commands["a"]
     assert sum(told["layers_per_card"]) == 80 and told["vram_gib"] == pytest.approx(28.89, rel=0.05)
+
+
+CARDS = [
+    # Cards by host, and how many of them take part in the 28.89 GiB of seed 003_377927cb58f3b15a.txt.
+    ([("P40", 1), ("P40", 1)], 2, "the seed's two workers with a P40 each"),
+    ([("P40", 2)], 2, "one host: no worker is needed"),
+    ([("T4", 1), ("T4", 1), ("T4", 1)], 3, "three smaller ones"),
+    ([("T4", 2), ("T4", 2)], 3, "the second host gives one card"),
+    ([("P40", 1), ("T4", 1)], 2, "no kind has enough alone: unlike cards"),
+    ([("A800-80G", 1)], 1, "one card holds all"),
+    ([("T4", 1), ("T4", 1)], 0, "27 GiB do not"),
+]
+
+
+@pytest.mark.parametrize(("hosts", "cards", "why"), CARDS, ids=lambda value: str(value)[:40])
+def test_the_fewest_cards_that_hold_it(model: Path, hosts: list[tuple[str, int]], cards: int, why: str) -> None:
+    nodes = ", ".join(
+        f"{{name: n{at}, device: {device}, count: {count}, address: 10.0.0.{at + 1}}}"
+        for at, (device, count) in enumerate(hosts)
+    )
+    fleet = parse_fleet(
+        f"version: 1\nmodels: [{{id: q, kind: llm, source: {model}, max_context: 8192}}]\nnodes: [{nodes}]\n"
+        "traffic: {requests_per_s: 0.01, prompt_tokens: 1000, output_tokens: 200}\n"
+    )
+    read = read_models(fleet, Path())
+    if not cards:
+        said = r"fits nowhere: 28\.7\d GiB .* free are 1 T4 in n0, 1 T4 in n1\. Ways out: 3 T4, in one host or several"
+        with pytest.raises(FleetError, match=said):
+            plan(fleet, read.shapes, shipped(), read.unread, "x")
+        return
+    found = plan(fleet, read.shapes, shipped(), read.unread, "x")
+    (one,) = found.placed
+    document = plan_document(found, None)["instances"][0]
+    layers = document.get("layers_per_card", [80])
+    assert (len(layers), sum(layers)) == (cards, 80), why
+    catalogue = shipped().cards
+    assert one.split is not None
+    server = next(line for line in one.commands.values() if "llama-server" in line)
+    rpc = [word for word in server.split() if word.endswith(":50052")]
+    assert len(rpc) == (len(one.commands) > 1) and server.count(" -np 1 ") == 1
+    held = sum(catalogue[device].memory * count for device, count in hosts)
+    assert one.split.need.value < held
+    for host, line in one.commands.items():
+        address = f"10.0.0.{int(host[1:]) + 1}"
+        assert f"-H {address} " in line or f"--host {address} " in line
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path, model: Path) -> None:

@@ -76,7 +76,7 @@ class OpenAiHttpEngine:
             capacity=Capacity(
                 context_min=low,
                 context_max=Window(model_context, low, high).top if model_context else high,
-                max_running=settings.max_running or 0,
+                max_running=settings.max_running or upstream.slots,
             ),
             features=(upstream.family.features & _FEATURES)
             | ({"resume"} if "continue_final" in upstream.family.features else set()),

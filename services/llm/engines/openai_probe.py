@@ -61,7 +61,7 @@ async def probe(
     model = _choose(listed, wanted, served, base)
     entry = listed[model]
     family = family_of(str(entry.get("owned_by") or ""))
-    version, context = "", int_of(entry.get("max_model_len"))
+    version, context, slots = "", int_of(entry.get("max_model_len")), 0
     if family.name in ("vllm", "infermesh"):
         version = str((await _get(session, f"{base}/version")).get("version") or "")
     elif family.name == "sglang":
@@ -69,12 +69,13 @@ async def probe(
     elif family.name == "llama.cpp":
         props = await _get(session, f"{base}/props")
         version = str(props.get("build_info") or "")
-        context = int_of((props.get("default_generation_settings") or {}).get("n_ctx"))
+        context = int_of((props.get("default_generation_settings") or {}).get("n_ctx"))  # of one slot
+        slots = int_of(props.get("total_slots"))
     elif family.name == "ollama":
         version = str((await _get(session, f"{base}/api/version")).get("version") or "")
         loaded = (await _get(session, f"{base}/api/ps")).get("models") or ()
         context = next((int_of(one.get("context_length")) for one in loaded if one.get("name") == model), 0)
-    return Upstream(family, model, version, context)
+    return Upstream(family, model, version, context, slots)
 
 
 async def _models(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import orjson
@@ -140,7 +140,7 @@ class Reply:
             reasoning=body.get("reasoning_content") or body.get("reasoning") or "",
             token_ids=(choice.get("token_ids") or ()) if self._tells_ids else (),
             tool_calls=[_call(at, call) for at, call in enumerate(body.get("tool_calls") or ())],
-            logprobs=_chat_logprobs(choice) if self._chat else _text_logprobs(choice),
+            logprobs=_logprobs(choice.get("logprobs") or {}),
         )
         if delta.content or delta.reasoning or delta.tool_calls or delta.token_ids:
             self._counted += 1
@@ -205,8 +205,12 @@ def _call(at: int, call: dict[str, Any]) -> lm.ToolCallDelta:
     )
 
 
-def _chat_logprobs(choice: dict[str, Any]) -> list[lm.TokenLogprob]:
-    entries = (choice.get("logprobs") or {}).get("content") or ()
+def _logprobs(told: dict[str, Any]) -> list[lm.TokenLogprob]:
+    """In the form of chats, which llama.cpp uses for completions too, or in that of completions."""
+    return _of_chat(told["content"] or ()) if "content" in told else _of_text(told)
+
+
+def _of_chat(entries: Iterable[dict[str, Any]]) -> list[lm.TokenLogprob]:
     return [
         lm.TokenLogprob(
             token=entry["token"],
@@ -221,8 +225,7 @@ def _chat_logprobs(choice: dict[str, Any]) -> list[lm.TokenLogprob]:
     ]
 
 
-def _text_logprobs(choice: dict[str, Any]) -> list[lm.TokenLogprob]:
-    told = choice.get("logprobs") or {}
+def _of_text(told: dict[str, Any]) -> list[lm.TokenLogprob]:
     tokens, values = told.get("tokens") or (), told.get("token_logprobs") or ()
     tops = told.get("top_logprobs") or [None] * len(tokens)
     return [

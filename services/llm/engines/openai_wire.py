@@ -22,12 +22,14 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Upstream:
-    """The server, as probed. `context`: tokens of prompt and answer together, 0 = it does not tell."""
+    """The server, as probed. `context`: tokens of prompt and answer together; `slots`: requests at a time. 0 = it does
+    not tell."""
 
     family: Family
     model: str
     version: str = ""
     context: int = 0
+    slots: int = 0
 
     def needs(self, feature: str, param: str) -> None:
         """
