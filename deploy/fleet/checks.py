@@ -46,7 +46,7 @@ def parse_fleet(text: str, name: str = "fleet") -> Fleet:
 
 
 def unserved(fleet: Fleet, by: str = "up") -> list[Fault]:
-    """The keys in use that `up`, `compose` or `k8s` does not serve yet."""
+    """The keys in use that `up`, `ray` (`up` on Ray), `compose` or `k8s` does not serve yet."""
     return list(_later(fleet, "", by))
 
 
@@ -73,6 +73,8 @@ def _contradictions(fleet: Fleet) -> Iterator[Fault]:
     yield from _twice("models", "id", [model.id for model in fleet.models])
     yield from _twice("nodes", "name", [node.name for node in fleet.nodes])
     yield from _twice("instances", "id", [instance.id for instance in fleet.instances])
+    clusters = [cluster.name for cluster in fleet.rayClusters]
+    yield from _twice("rayClusters", "name", clusters)
     models = {model.id: model for model in fleet.models}
     for index, model in enumerate(fleet.models):
         at = f"models[{index}]"
@@ -91,6 +93,10 @@ def _contradictions(fleet: Fleet) -> Iterator[Fault]:
     nodes = {node.name: node for node in fleet.nodes}
     for index, instance in enumerate(fleet.instances):
         at = f"instances[{index}]"
+        cluster = instance.ray_cluster
+        if clusters and cluster is not None and cluster not in (*clusters, *range(len(clusters))):
+            there = ", ".join(f"{number} {name}" for number, name in enumerate(clusters))
+            yield Fault(f"{at}.ray_cluster", f"{cluster!r} is not there; rayClusters has {there}")
         if instance.node:
             yield from known(f"{at}.node", instance.node, list(nodes))
         if instance.model not in models:

@@ -24,10 +24,13 @@ Count = Annotated[int, Field(ge=1, le=4096)]
 @dataclass(frozen=True, slots=True)
 class Later:
     """Marks a key whose feature is not there yet; `what` says which one it waits for. `but`: who serves it already, of
-    compose and k8s (`infermesh render`)."""
+    compose, k8s (`infermesh render`) and ray."""
 
     what: str
     but: tuple[str, ...] = ()
+
+
+ONE_HOST = "processes of one host do not scale; Ray (`up --ray`) and `render k8s` do"
 
 
 class Part(BaseModel):
@@ -90,7 +93,7 @@ class Node(Part):
     zone: Annotated[str, Field(max_length=64)] = ""
     interconnect: Literal["", "nvlink", "pcie"] = ""  # described for the planner; it changes nothing at start
     network: Literal["", "rdma", "ethernet"] = ""  # the same, between hosts
-    address: Annotated[str, Later("starting on other hosts comes with the Ray launcher", ("compose",))] = ""
+    address: Annotated[str, Later("hosts are told apart by `render compose`; Ray knows its own", ("compose",))] = ""
     memory_gib: Positive | None = None  # of the host, for the planner
     cpus: Positive | None = None  # cores of the host, for the planner
 
@@ -163,14 +166,14 @@ class Instance(Part):
     python: str = ""  # its interpreter; default: .venv-llm for vllm, else the one of `up`
     environment: dict[str, Text] = {}
     telemetry: Telemetry | None = None
-    min: Annotated[Count | None, Later("processes do not scale yet; `render k8s` does", ("k8s",))] = None
-    max: Annotated[Count | None, Later("processes do not scale yet; `render k8s` does", ("k8s",))] = None
+    min: Annotated[Count | None, Later(ONE_HOST, ("k8s", "ray"))] = None  # replicas, each an instance like this one
+    max: Annotated[Count | None, Later(ONE_HOST, ("k8s", "ray"))] = None
     # Of its container or pod, for `infermesh render`; a process that `up` starts takes what its host has.
     resources: Resources | None = None
     storage: Storage | None = None  # for model files; absent: a shared volume (compose), an emptyDir (k8s)
     image: str = ""
     labels: dict[str, Text] = {}
-    ray_cluster: Annotated[str | int | None, Later("the Ray launcher uses it", ("k8s",))] = None
+    ray_cluster: Annotated[str | int | None, Later("it is for Ray: rayClusters, or `up --ray`", ("k8s", "ray"))] = None
 
 
 class Device(Part):
@@ -242,9 +245,11 @@ class Expect(Part):
 
 
 class RayCluster(Part):
+    """Where instances run that choose it by `ray_cluster`: its name, or its index here; the first one by default."""
+
     name: InstanceId
-    headAddress: str
-    pythonVersion: str = ""
+    headAddress: str  # HOST:PORT of the head, e.g. 10.0.0.5:6379
+    pythonVersion: str = ""  # of the cluster; checked before anything is placed
 
 
 class Fleet(Part):
@@ -261,7 +266,7 @@ class Fleet(Part):
     calibration: str = ""  # file of measured speeds; default: .infermesh/calibration.yaml
     traffic: Traffic | None = None  # for the planner
     expect: Expect | None = None  # for the planner
-    rayClusters: Annotated[tuple[RayCluster, ...], Later("the Ray launcher uses it", ("k8s",))] = ()
+    rayClusters: Annotated[tuple[RayCluster, ...], Later("it is for Ray: `infermesh up`", ("k8s", "ray"))] = ()
 
     def model(self, id: str) -> Model:
         return next(model for model in self.models if model.id == id)

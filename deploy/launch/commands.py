@@ -69,8 +69,10 @@ def of_this_host(fleet: Fleet, node: str) -> tuple[Instance, ...]:
     return tuple(item for item in fleet.instances if item.node == node)
 
 
-def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
-    """What the schema allows and the engines of this version, or this host, do not take."""
+def start_faults(fleet: Fleet, gpus: int = 0, *, ray: bool = False) -> Iterator[Fault]:
+    """What the schema allows and the engines of this version, or this host, do not take. `ray`: instances may span
+    hosts.
+    """
     if not fleet.instances:
         yield Fault("instances", "none is given; `infermesh plan FLEET.yaml -o completed.yaml` fills them in")
     greedy = [item for item in fleet.instances if fleet.engine_of(item) == "vllm" and not item.cards]
@@ -82,10 +84,8 @@ def start_faults(fleet: Fleet, gpus: int = 0) -> Iterator[Fault]:
         if engine in ("vllm", "sentence-transformers") and not model.source:
             yield Fault(f"{where}.source", f"engine {engine} of {instance.id} needs a hub name or a local folder")
         node = next((node for node in fleet.nodes if node.name == instance.node), None)
-        if node and node.count and (instance.tp or 1) * instance.pp > node.count:
-            yield Fault(
-                f"{at}.pp", f"spans hosts ({node.name} has {node.count} cards), which needs Ray: not served yet"
-            )
+        if not ray and node and node.count and (instance.tp or 1) * instance.pp > node.count:
+            yield Fault(f"{at}.pp", f"spans hosts ({node.name} has {node.count} cards), which needs Ray: `up --ray`")
         if engine == "vllm" and model.dtype in ("int8", "int4") and not instance.quantization:
             yield Fault(f"{at}.quantization", f"dtype {model.dtype} needs it: awq, gptq … as the weights are")
         if engine == "sentence-transformers":

@@ -13,33 +13,27 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deploy.fleet import Fault, Fleet, FleetError, Instance, unserved
-from deploy.launch import logs, run_file, sessions
-from deploy.launch.commands import (
-    Command,
-    Host,
-    Shared,
-    gateway_command,
-    instance_command,
-    of_this_host,
-    start_faults,
-)
+from deploy.fleet.values import RayCluster
+from deploy.launch import run_file, sessions
+from deploy.launch.commands import Host, Shared, of_this_host, start_faults
 from deploy.launch.host import bind_fault
+from deploy.launch.on_ray.need import clusters, ray_faults, ray_remarks
+from deploy.launch.on_ray.survey import reach_faults, remarks, survey
+from deploy.launch.programs import GATEWAY, Programs, place_of, reckoned_speeds
+from deploy.launch.replicas import at_start, replica_faults
 from deploy.launch.screen import Screen
 from deploy.launch.supervise import Policy, State
-from deploy.launch.supervisor import LOOK_S, Program, Running, Supervisor
-from deploy.model_files import read_models
-from deploy.planner.catalogue import shipped
-from deploy.planner.estimate import estimates
+from deploy.launch.supervisor import LOOK_S, Running, Supervisor
 
-GATEWAY = "gateway"
 DEFAULT_GRPC = "127.0.0.1:50050"  # where client verbs look
+LOADED = (State.READY, State.FAILED, State.STOPPED)  # and nothing more to wait for
 HARD_GRACE_S = 5.0  # what a child gets beyond the grace period that it knows of
 
 
 @dataclass(frozen=True, slots=True)
 class Where:
-    """Where the mesh listens. `registry` empty: hosted here. `node`: which of the fleet's this host is. `keys`: callers
-    need one.
+    """Where the mesh listens. `registry` empty: hosted here, at `registry_listen`. `node`: which of the fleet's this
+    host is. `keys`: callers need one. `ray`: HOST:PORT of a Ray head, or a cluster's name in the fleet.
     """
 
     grpc: str
@@ -47,6 +41,8 @@ class Where:
     registry: str = ""
     node: str = ""
     keys: bool = False
+    ray: str = ""
+    registry_listen: str = "127.0.0.1:0"
 
 
 async def run_mesh(
@@ -62,33 +58,39 @@ async def run_mesh(
     Raises:
         ValueError: the fleet cannot be started as it is; nothing has been started then.
     """
-    instances = check(fleet, where, host)
+    found = clusters(fleet, where.ray)
+    instances = check(fleet, where, host, found)
     stop, hard = _signals()
     screen = Screen()
     for note in notes:
         screen.say(f"infermesh: {note}")
+    if found:
+        for note in await _surveyed(fleet, instances, host, shared, where, found):
+            screen.say(f"infermesh: {note}")
     async with AsyncExitStack() as stack:
         registry = where.registry or f"mesh://{await stack.enter_async_context(hosted())}"
         shared = replace(shared, registry=registry)
-        programs = _programs(fleet, instances, host, shared, where)
+        programs = Programs(fleet, host, shared, found, reckoned_speeds(fleet))
+        started = [programs.gateway(where.grpc, where.http), *map(programs.instance, at_start(instances))]
         policy = Policy(grace_s=shared.grace_s + HARD_GRACE_S)
-        supervisor = Supervisor(programs, policy, screen.changed)
+        supervisor = Supervisor(started, policy, screen.changed)
         screen.begin()
         try:
             await supervisor.start()
-            code = await _watch(supervisor, screen, fleet, where, registry, notes, stop)
+            code = await _watch(supervisor, screen, where, registry, notes, stop)
         finally:
             screen.end()
             if supervisor.children:
                 screen.say("infermesh: stopping; Ctrl-C again ends it at once")
             await supervisor.stop(hard)
-            for path in (run_file.RUN_FILE, *(program.ready_file for program in programs)):
-                path.unlink(missing_ok=True)
+            run_file.RUN_FILE.unlink(missing_ok=True)
+            for folder in (run_file.READY, run_file.RAY):
+                shutil.rmtree(folder, ignore_errors=True)
     return code
 
 
-def check(fleet: Fleet, where: Where, host: Host) -> tuple[Instance, ...]:
-    """What is to be started here.
+def check(fleet: Fleet, where: Where, host: Host, found: tuple[RayCluster, ...] = ()) -> tuple[Instance, ...]:
+    """What is to be started here, or on these Ray clusters.
 
     Raises:
         ValueError: every reason why it cannot be, a line each.
@@ -96,11 +98,15 @@ def check(fleet: Fleet, where: Where, host: Host) -> tuple[Instance, ...]:
     other = run_file.read_run_file()
     if other is not None:
         raise ValueError(f"a mesh runs in this folder already (pid {other.pid}): stop it, or start in another folder")
-    faults = [*unserved(fleet), *start_faults(fleet, host.gpus)]
-    for index, model in enumerate(fleet.models):
-        path = Path(model.source).expanduser()
-        if model.source.startswith(("/", "./", "../", "~")) and not path.exists():
-            faults.append(Fault(f"models[{index}].source", f"{model.source} is not there"))
+    if found:
+        faults = [*unserved(fleet, "ray"), *start_faults(fleet, ray=True), *ray_faults(fleet, found)]
+        faults += replica_faults(fleet)
+    else:
+        faults = [*unserved(fleet), *start_faults(fleet, host.gpus)]
+        for index, model in enumerate(fleet.models):
+            path = Path(model.source).expanduser()
+            if model.source.startswith(("/", "./", "../", "~")) and not path.exists():
+                faults.append(Fault(f"models[{index}].source", f"{model.source} is not there"))
     if faults:
         raise FleetError("fleet", faults)
     taken = []
@@ -109,41 +115,35 @@ def check(fleet: Fleet, where: Where, host: Host) -> tuple[Instance, ...]:
             taken.append(f"{name} cannot listen on {address}: {fault}; choose another one with {option}")
     if taken:
         raise ValueError("\n".join(taken))
-    return of_this_host(fleet, where.node)
+    return fleet.instances if found else of_this_host(fleet, where.node)
 
 
-def _programs(fleet: Fleet, instances: Sequence[Instance], host: Host, shared: Shared, where: Where) -> list[Program]:
-    def ready(id: str) -> Path:
-        return run_file.READY / f"{id}.json"
+async def _surveyed(
+    fleet: Fleet,
+    instances: Sequence[Instance],
+    host: Host,
+    shared: Shared,
+    where: Where,
+    found: tuple[RayCluster, ...],
+) -> list[str]:
+    """What the operator should know of the clusters.
 
-    gateway = gateway_command(fleet, host, shared, grpc=where.grpc, http=where.http, ready_file=ready(GATEWAY))
-    commands = [(GATEWAY, GATEWAY, gateway)]
-    reckoned = estimates(fleet, read_models(fleet, Path()).shapes, shipped())
-    for item in instances:
-        speed = reckoned[item.id].speed_values() if item.id in reckoned else {}
-        made = instance_command(fleet, item, host, shared, ready(item.id), speed)
-        commands.append((item.id, fleet.model(item.model).kind, made))
-    return [_program(id, kind, made, ready(id)) for id, kind, made in commands]
-
-
-def _program(id: str, kind: str, made: Command, ready: Path) -> Program:
-    if shutil.which(made.argv[0]) is None:
-        raise ValueError(
-            f"{id}: its interpreter {made.argv[0]} is not there or cannot be run; see `python:` in the fleet"
-        )
-    for path, text in made.files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    log = run_file.LOGS / f"{id}.log"
-    logs.rotate(log)
-    # The gateway goes first: it lets what is running finish, for which it needs the instances.
-    return Program(id, kind, made.argv, made.env, log, ready, tier=0 if kind == GATEWAY else 1)
+    Raises:
+        ValueError: why they cannot be used.
+    """
+    wanted = {item.id: place_of(fleet, item, found) for item in instances}
+    used = {cluster.name for cluster, _ in wanted.values()}
+    views = await survey(host.python, [cluster for cluster in found if cluster.name in used])
+    listens = "" if where.registry else where.registry_listen
+    faults = list(reach_faults(views, listens, where.grpc, closed=where.keys or shared.insecure))
+    if faults:
+        raise ValueError("\n".join(faults))
+    return [*ray_remarks(fleet), *remarks(views, wanted)]
 
 
 async def _watch(
     supervisor: Supervisor,
     screen: Screen,
-    fleet: Fleet,
     where: Where,
     registry: str,
     notes: Sequence[str],
@@ -164,13 +164,13 @@ async def _watch(
             screen.end()
             screen.say("infermesh: the mesh cannot run; see above for the reason")
             return 1
+        screen.refresh(children)
         if not told:
-            screen.refresh(children)
-            loaded = all(state in (State.READY, State.FAILED, State.STOPPED) for state in of_instances)
+            loaded = all(r.child.state in LOADED or r.pending for r in children)
             if states[GATEWAY] is State.READY and loaded and State.READY in of_instances:
                 told = True
                 screen.end()
-                print(banner(fleet, children, where, registry, notes), flush=True)
+                print(banner(children, where, registry, notes), flush=True)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(LOOK_S):
                 await stop.wait()
@@ -192,24 +192,26 @@ def _doors(children: Sequence[Running], where: Where) -> tuple[str, str]:
     return facts.get("address") or where.grpc, facts.get("http") or where.http
 
 
-def banner(fleet: Fleet, children: Sequence[Running], where: Where, registry: str, notes: Sequence[str] = ()) -> str:
+def banner(children: Sequence[Running], where: Where, registry: str, notes: Sequence[str] = ()) -> str:
     """Addresses, models, and something to paste."""
     grpc, http = _doors(children, where)
     lines = ["", "The mesh is up.", f"  gRPC      {grpc}", f"  REST      http://{http}/v1"]
     lines += [f"  registry  {registry}", "  models"]
-    models = {item.id: item.model for item in fleet.instances}
-    width = max(len(models[r.program.id]) for r in children if r.program.id in models)
-    for running in children:
-        if running.program.id in models:
-            state = running.address if running.child.state is State.READY else running.child.state.value
-            model = models[running.program.id].ljust(width)
-            lines.append(f"    {model}  {running.program.kind:9}  {running.program.id}  {state}")
-    ready = [r for r in children if r.child.state is State.READY and r.program.id in models]
+    instances = [running for running in children if running.program.model]
+    width = max(len(running.program.model) for running in instances)
+    for running in instances:
+        state = running.address if running.child.state is State.READY else running.child.state.value
+        if running.pending:
+            state = f"pending: {running.pending}"
+        lines.append(
+            f"    {running.program.model.ljust(width)}  {running.program.kind:9}  {running.program.id}  {state}"
+        )
+    ready = [running for running in instances if running.child.state is State.READY]
     first = next((r for r in ready if r.program.kind == "llm"), ready[0])
     lines += [
         "",
         "Try:",
-        f"  {curl(first.program.kind, models[first.program.id], http, keys=where.keys)}",
+        f"  {curl(first.program.kind, first.program.model, http, keys=where.keys)}",
         *([] if grpc == DEFAULT_GRPC else [f"  export INFERMESH_GATEWAY={grpc}   # for infermesh chat and the like"]),
         "",
         *notes,

@@ -14,6 +14,7 @@ RUN_FILE = HOME / "run" / "mesh.json"
 LOGS = HOME / "logs"
 MODELS = HOME / "models"
 READY = HOME / "run" / "ready"
+RAY = HOME / "run" / "ray"
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,7 +82,7 @@ class Screen:
             if running.child.state is not State.STARTING:
                 continue
             words = tail(running.program.log, 1)
-            text = words[0][:160] if words else ""
+            text = words[0][:600] if words else ""
             said, when = self._said.get(running.program.id, ("", 0.0))
             if text and text != said and time.monotonic() - when >= REPEAT_S:
                 self._said[running.program.id] = (text, time.monotonic())

@@ -23,7 +23,7 @@ CANNOT_START = 126  # the exit code that a shell gives what it cannot run
 @dataclass(frozen=True, slots=True)
 class Program:
     """How to start one child. `tier` orders the end: lower ones are stopped first. `ready_file` is written by the child
-    when it serves: {"pid", "address"}.
+    when it serves: {"pid", "address"}; until then it may say what it waits for: {"pid", "pending"}.
     """
 
     id: str
@@ -33,6 +33,7 @@ class Program:
     log: Path
     ready_file: Path
     tier: int = 1
+    model: str = ""
 
 
 @dataclass(slots=True)
@@ -44,6 +45,12 @@ class Running:
     process: subprocess.Popen[bytes] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)  # what it told when it became ready
     sweeping: asyncio.Task[None] | None = None
+    leaving: bool = False  # it was taken out of the mesh, and is forgotten when it has ended
+
+    @property
+    def pending(self) -> str:
+        """What it waits for before it can start; empty: nothing."""
+        return self.facts.get("pending", "")
 
     @property
     def address(self) -> str:
@@ -72,27 +79,41 @@ class Supervisor:
         """Starts all of them."""
         self._guard = _start_guard(self.policy.grace_s)
         for program in self.programs:
-            child, effects = supervise.begin(program.id, self.clock())
-            running = self.children[program.id] = Running(program, child)
-            await self._carry_out(running, effects)
-            self.changed(running)
+            await self.add(program)
+
+    async def add(self, program: Program) -> None:
+        """Starts one more."""
+        child, effects = supervise.begin(program.id, self.clock())
+        running = self.children[program.id] = Running(program, child)
+        await self._carry_out(running, effects)
+        self.changed(running)
+
+    async def remove(self, id: str) -> None:
+        """Tells it to finish and go; rounds of `look` see to the rest. It is forgotten when its session is empty."""
+        running = self.children[id]
+        running.leaving = True
+        await self._step(running, supervise.stop(running.child, self.clock()))
 
     async def look(self) -> None:
         """One round: who has died, who has become ready, whose time has come."""
-        for running in self.children.values():
+        for running in list(self.children.values()):
             if running.sweeping is not None:
                 if not running.sweeping.done():
                     continue  # nothing new is started while the dead one's engine may still hold its memory
                 running.sweeping = None
                 if running.child.state in (State.BACKOFF, State.FAILED, State.STOPPED):
                     running.process = None
+            if running.leaving and running.child.settled:
+                del self.children[running.program.id]
+                continue
             now = self.clock()
             code = running.process.poll() if running.process else None
             if running.process is not None and code is not None:
                 await self._step(running, supervise.exited(running.child, code, now, self.policy))
-            elif running.child.state is State.STARTING and (facts := _ready(running)):
-                running.facts = facts
-                await self._step(running, supervise.ready(running.child, now))
+            elif running.child.state is State.STARTING:
+                running.facts = _ready(running)
+                if running.facts and not running.pending:
+                    await self._step(running, supervise.ready(running.child, now))
             else:
                 await self._step(running, supervise.tick(running.child, now, self.policy))
 

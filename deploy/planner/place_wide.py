@@ -196,7 +196,7 @@ def _put_pipeline(
         f"no host alone holds it: TP{setup.tp} inside each of {len(hosts)} hosts ({names}), PP{setup.pp} across them "
         f"over {network}; tensor parallelism stays inside a host, its all-reduces would wait for the network",
         f"{sums.weights.value / GIB:.1f} GiB of weights a card, room for {sums.kv_tokens.value:,.0f} KV tokens",
-        "needs Ray, which `infermesh up` does not start yet",
+        "spans hosts: start it with `infermesh up --ray HEAD:PORT`",
     )
     instance = Instance(
         id=f"{lead.node.name}-wide",

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deploy.fleet import Fault, Fleet, Instance
+from deploy.launch.cards import gpus_of
 from deploy.launch.commands import Host, Shared, gateway_command, instance_command, start_faults
 from deploy.planner.catalogue import Catalogue
 
@@ -105,21 +106,6 @@ def instance_container(fleet: Fleet, instance: Instance, site: Site, *, id: str 
         cards=instance.cards,
         instance=instance,
     )
-
-
-def gpus_of(fleet: Fleet, instance: Instance, catalogue: Catalogue) -> int:
-    """Cards that it takes: `resources.gpus`, its `cards`, else TP × PP, or one for an encoder on a node with GPUs."""
-    if fleet.engine_of(instance) in ("scripted", "openai-http"):
-        return 0
-    if instance.resources and instance.resources.gpus is not None:
-        return instance.resources.gpus
-    if instance.cards:
-        return len(instance.cards)
-    device = next((node.device for node in fleet.nodes if node.name == instance.node), "")
-    card = catalogue.cards.get(device)
-    if not device or (card and card.cpu):
-        return 0
-    return (instance.tp or 1) * instance.pp
 
 
 def secret(path: str) -> str:

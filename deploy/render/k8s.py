@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from deploy.fleet import Fault, Fleet, FleetError, Instance, unserved
+from deploy.launch.cards import gpus_of
 from deploy.render import k8s_objects as k8s
 from deploy.render.compose import CONSUL, SHM_PER_GPU_GIB
 from deploy.render.container import (
@@ -27,7 +28,6 @@ from deploy.render.container import (
     container_faults,
     container_remarks,
     gateway_container,
-    gpus_of,
     instance_container,
     secrets_of,
     slug,
@@ -213,14 +213,7 @@ def _resources(made: Container, instance: Instance) -> k8s.Object:
 
 
 def _faults(fleet: Fleet) -> Iterator[Fault]:
-    names = [cluster.name for cluster in fleet.rayClusters]
     for index, instance in enumerate(fleet.instances):
-        cluster = instance.ray_cluster
-        known = cluster in names or (isinstance(cluster, int) and 0 <= cluster < len(names))
-        if cluster is not None and names and not known:
-            yield Fault(
-                f"instances[{index}].ray_cluster", f"{cluster!r} is not there; rayClusters has {', '.join(names)}"
-            )
         if instance.telemetry:
             why = "is for one instance by its id; pods register under their own names"
             yield Fault(f"instances[{index}].telemetry", why)

@@ -1,4 +1,4 @@
-"""`infermesh up`: registry, gateway and instances as processes on this host."""
+"""`infermesh up`: registry and gateway as processes on this host, instances here or on Ray clusters."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from infermesh.cli import BAD_USAGE, Failure
 from infermesh.cli.connect import Measured
 
 if TYPE_CHECKING:
+    from contextlib import AbstractAsyncContextManager
+
     from deploy.fleet import Fleet
     from deploy.launch.commands import Host
 
@@ -18,11 +20,20 @@ if TYPE_CHECKING:
 def command(
     fleet: Annotated[Path | None, typer.Option(help="fleet.yaml; without it: a small default fleet.")] = None,
     node: Annotated[str, typer.Option(help="Which of the fleet's nodes this host is.")] = "",
+    ray: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT", help="Run the instances on this Ray cluster: its head, or its name in the fleet file."
+        ),
+    ] = "",
     adopt: Annotated[str, typer.Option(metavar="URL[,URL…]", help="Put running OpenAI-speaking servers behind.")] = "",
     adopt_key_file: Annotated[str, typer.Option(help="API key of the adopted servers.")] = "",
     llm_source: Annotated[str, typer.Option(help="Default fleet: the LLM, a folder or a hub name.")] = "",
     registry: Annotated[
         str, typer.Option(help="consul://H:P, consuls://H:P or mesh://H:P; default: hosted here.")
+    ] = "",
+    registry_listen: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the one hosted here listens; a loopback port unless told.")
     ] = "",
     registry_prefix: Annotated[str, typer.Option(help="Of the service names in the registry.")] = "",
     registry_token_file: Annotated[str, typer.Option(help="Consul's ACL token.")] = "",
@@ -53,6 +64,7 @@ def command(
         infermesh up --fleet fleet.yaml -p 8080
         infermesh up --adopt http://127.0.0.1:11434,http://127.0.0.1:8001
         infermesh up --fleet fleet.yaml --node a800-1 --registry consul://10.0.0.5:8500
+        infermesh up --fleet fleet.yaml --ray 10.0.0.5:6379 --registry consul://10.0.0.5:8500
     """
     import asyncio
 
@@ -69,7 +81,7 @@ def command(
     notes: tuple[str, ...] = ()
     if fleet:
         plan = _from_file(fleet)
-        notes = _for_containers(plan)
+        notes = () if ray or plan.rayClusters else _for_containers(plan)
     elif adopt:
         plan = _adopted(adopt, adopt_key_file)
     else:
@@ -84,7 +96,17 @@ def command(
         registry=registry or plan.registry,
         node=node,
         keys=bool(keys or ours.keys),
+        ray=ray,
+        registry_listen=registry_listen or "127.0.0.1:0",
     )
+    if ray and not fleet:
+        raise Failure("--ray needs --fleet: which instances shall run there", BAD_USAGE)
+    if ray and node:
+        raise Failure("--node is for instances of this host; on Ray the cluster places them", BAD_USAGE)
+    if registry_listen.startswith(("0.0.0.0:", "[::]:")):
+        raise Failure(f"--registry-listen {registry_listen}: name the address of this host that nodes dial", BAD_USAGE)
+    if registry_listen and where.registry:
+        raise Failure(f"--registry-listen is for a registry hosted here; this mesh uses {where.registry}", BAD_USAGE)
     consul = {
         "prefix": registry_prefix,
         "token-file": registry_token_file,
@@ -108,7 +130,11 @@ def command(
     if shared.keys and not shared.operator_key_file:
         raise Failure("with --keys the mesh needs --operator-key-file too: its processes show that key", BAD_USAGE)
     opened = load_keys(Path(shared.keys) if shared.keys else None)
-    return asyncio.run(run_mesh(plan, host, shared, where, notes, lambda: hosted_registry("127.0.0.1:0", opened)))
+
+    def hosted() -> AbstractAsyncContextManager[str]:
+        return hosted_registry(where.registry_listen, opened, insecure=shared.insecure)
+
+    return asyncio.run(run_mesh(plan, host, shared, where, notes, hosted))
 
 
 def _from_file(path: Path) -> Fleet:
