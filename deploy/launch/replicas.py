@@ -28,9 +28,11 @@ def at_start(instances: Iterable[Instance]) -> tuple[Instance, ...]:
 
 
 def replica_faults(fleet: Fleet) -> Iterator[Fault]:
-    """An id that a replica would have to share."""
+    """What several instances of one kind cannot have alike."""
     ids = [instance.id for instance in fleet.instances]
     for index, first in enumerate(fleet.instances):
+        if most(first) > 1 and first.telemetry:
+            yield Fault(f"instances[{index}].telemetry", "is for one instance by its id; replicas have ids of their own")
         for number in range(2, most(first) + 1):
             if (other := replica(first, number).id) in ids:
                 yield Fault(f"instances[{index}].max", f"its replica {number} would be {other!r}, which is there")

@@ -61,7 +61,7 @@ def environments(gpu: bool) -> dict[str, Environment]:
             holds="gateway, CLI, client, embedding, rerank, development tools",
             constraints="main.txt",
             requirements=(*CLIENT, "-e", ".[embedding,rerank,dev]"),
-            mib=5800 if gpu else 1600,
+            mib=6000 if gpu else 1800,
             proof="bin/infermesh",
         ),
         "llm": Environment(

@@ -111,17 +111,15 @@ def test_what_cannot_be_in_a_pod_is_told_at_once() -> None:
                 "id": "i",
                 "model": "m",
                 "labels": {"a b": "c", "app.kubernetes.io/name": "x"},
-                "ray_cluster": "other",
                 "telemetry": {},
             },
             {"id": "j", "model": "m", "engine": "openai-http", "url": "http://127.0.0.1:8001"},
         ],
-        rayClusters=[{"name": "main", "headAddress": "10.0.0.5:6379"}],
     )
     with pytest.raises(FleetError) as caught:
         render_k8s(fleet, SITE)
     assert {fault.path for fault in caught.value.faults} == {
-        *("instances[1].url", "models[0].source", "instances[0].ray_cluster", "instances[0].labels.a b"),
+        *("instances[1].url", "models[0].source", "instances[0].labels.a b"),
         "instances[0].telemetry",
         "instances[0].labels.app.kubernetes.io/name",
     }

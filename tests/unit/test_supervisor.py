@@ -96,8 +96,6 @@ async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_
     """Hours of looking must not pile up tasks; the banner does not wait for an instance that was drained meanwhile."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mesh, "LOOK_S", 0.01)
-    instances = ({"id": "a", "model": "m", "engine": "scripted"}, {"id": "b", "model": "m", "engine": "scripted"})
-    fleet = Fleet.model_validate({"version": 1, "models": ({"id": "m", "kind": "llm"},), "instances": instances})
 
     def program(id: str, script: str) -> Program:
         ready = tmp_path / f"{id}.json"
@@ -110,7 +108,7 @@ async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_
     await supervisor.start()
     stop = asyncio.Event()
     where = mesh.Where("127.0.0.1:1", "127.0.0.1:2")
-    watching = asyncio.create_task(mesh._watch(supervisor, Screen(), fleet, where, "mesh://x:1", (), stop))
+    watching = asyncio.create_task(mesh._watch(supervisor, Screen(), where, "mesh://x:1", (), stop))
     printed = ""
     async with asyncio.timeout(20):
         while "The mesh is up." not in printed:

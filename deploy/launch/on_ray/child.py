@@ -13,13 +13,14 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from deploy.launch.on_ray import cluster
-from deploy.launch.on_ray.choose import choose, missing
+from deploy.launch.on_ray.choose import RayNode, choose, missing
 from deploy.launch.on_ray.service import Launch, Seen, code_of
 from deploy.launch.on_ray.spec import Spec, read_spec, shipped
 
@@ -28,6 +29,7 @@ LOOK_S = 0.2
 RETRY_S = 2.0  # between two looks for room
 REPEAT_S = 30.0  # of a line that has not changed
 ANSWER_S = 10.0  # of the actor, before a word about it
+SILENCE_S = 30.0  # that a node may keep before its instance is started elsewhere; Ray mostly knows earlier
 START_S = 120.0  # of a Ray worker on a busy node
 
 
@@ -59,12 +61,17 @@ def main(argv: list[str]) -> int:
         say(f"error: {error}")
         return BAD_CONFIG
     stop.listen()
-    group, actor = place(ray, spec, stop)
-    if actor is None:
+    last = Path(spec.ready_file).with_suffix(".last")  # the node that was lost with it, if any
+    group, hosts = place(ray, spec, stop, last.read_text() if last.exists() else "")
+    if not hosts:
         return 0
+    last.write_text(hosts[0].id)
+    actor = cluster.settle(ray, spec.need, group, hosts[0])
     try:
         ray.get(actor.start.remote(launch), timeout=START_S)
-        return follow(ray, actor, spec, stop)
+        code = follow(ray, actor, spec, stop)
+        last.unlink(missing_ok=True)
+        return code
     except ray.exceptions.RayTaskError as error:  # what the service's own code raised there
         say(f"error: {error.cause}")
         return BAD_CONFIG if isinstance(error.cause, FileNotFoundError) else 1
@@ -78,20 +85,23 @@ def main(argv: list[str]) -> int:
         ray.shutdown()
 
 
-def place(ray: Any, spec: Spec, stop: Stop) -> tuple[Any, Any]:
-    """The placement group and the actor in it; waits for room and says what it waits for. None: told to stop."""
+def place(ray: Any, spec: Spec, stop: Stop, avoid: str) -> tuple[Any, tuple[RayNode, ...]]:
+    """A placement group and its hosts; waits for room and says what it waits for. None: told to stop. `avoid`: the node
+    that was lost with it: the cluster may not know yet.
+    """
     said, when = "", 0.0
     name = cluster.group_name(spec.model, spec.id)
     while not stop.asked:
         # One at a time: who places next sees where the last one went.
         with _turn(Path(spec.lock)):
             now = cluster.view(ray)
-            hosts = choose(spec.need, spec.model, now.nodes)
+            hosts = choose(spec.need, spec.model, now.nodes, avoid)
             group = cluster.reserve(spec.need, name, hosts) if hosts else None
         if group is not None:
             say(f"placed on {', '.join(host.address for host in hosts)}")
             Path(spec.ready_file).unlink(missing_ok=True)
-            return group, cluster.settle(ray, spec.need, group, hosts[0])
+            return group, hosts
+        avoid = hosts[0].id if hosts else avoid
         text = f"pending: {missing(spec.need, now.nodes)}"
         if text != said or time.monotonic() - when >= REPEAT_S:
             said, when = text, time.monotonic()
@@ -100,7 +110,7 @@ def place(ray: Any, spec: Spec, stop: Stop) -> tuple[Any, Any]:
         until = time.monotonic() + RETRY_S
         while not stop.asked and time.monotonic() < until:
             time.sleep(LOOK_S / 2)
-    return None, None
+    return None, ()
 
 
 @contextlib.contextmanager
@@ -113,17 +123,23 @@ def _turn(path: Path) -> Iterator[None]:
 
 def follow(ray: Any, actor: Any, spec: Spec, stop: Stop) -> int:
     """Until it ends. What is left of it, and its folder, are gone then."""
-    offset, told, terminated, asked_at = 0, False, False, time.monotonic()
+    offset, told, terminated, asked_at, said = 0, False, False, time.monotonic(), 1.0
     while True:
         if stop.asked and not terminated:
             terminated = True
             actor.terminate.remote()
         try:
             seen: Seen = ray.get(actor.look.remote(offset), timeout=ANSWER_S)
-        except ray.exceptions.GetTimeoutError:
-            say(f"its node has not answered for {time.monotonic() - asked_at:.0f} s")
+        except (ray.exceptions.GetTimeoutError, ray.exceptions.ActorUnavailableError):
+            silent = time.monotonic() - asked_at
+            if silent > SILENCE_S:
+                raise
+            if silent > said:
+                say(f"its node has not answered for {silent:.0f} s")
+                said = silent + ANSWER_S
+            time.sleep(LOOK_S)
             continue
-        asked_at = time.monotonic()
+        asked_at, said = time.monotonic(), 1.0
         offset += len(seen.log)
         sys.stdout.buffer.write(seen.log)
         sys.stdout.flush()
@@ -151,6 +167,12 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    # Ray writes a dead node's internals there, in a thread of its own; what matters of it is said by us.
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    try:
+        code = main(sys.argv[1:])
+    except Exception:
+        say(traceback.format_exc())
+        code = 1
     sys.stdout.flush()
     os._exit(code)  # Ray's threads are not waited for

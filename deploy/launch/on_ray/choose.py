@@ -30,17 +30,17 @@ class View:
     nodes: tuple[RayNode, ...]
 
 
-def choose(need: Need, model: str, nodes: Sequence[RayNode]) -> tuple[RayNode, ...]:
-    """A host for each part, the service's first; empty: there is no room.
+def choose(need: Need, model: str, nodes: Sequence[RayNode], avoid: str = "") -> tuple[RayNode, ...]:
+    """A host for each part, the service's first; empty: there is no room. `avoid`: a node that is taken only where no
+    other one fits.
 
     Instances of one model go to different nodes where that is possible, so that a node's death does not take all of
-    them; then where most room is left, which leaves large gaps whole for nobody and small ones for nobody either, but
-    keeps hot hosts apart.
+    them; then to the node with the fewest instances of any.
     """
 
-    def rank(node: RayNode) -> tuple[int, int, float, str]:
+    def rank(node: RayNode) -> tuple[bool, int, int, float, str]:
         same = sum(member.rpartition("/")[0] == model for member in node.members)
-        return same, len(node.members), -node.free.get("CPU", 0.0), node.id
+        return node.id == avoid, same, len(node.members), -node.free.get("CPU", 0.0), node.id
 
     chosen: list[RayNode] = []
     for number in range(need.hosts):

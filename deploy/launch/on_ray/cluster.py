@@ -15,7 +15,7 @@ from deploy.launch.on_ray.service import Service
 
 NAMESPACE = "infermesh"
 REACH_S = 3.0  # to the head's port; Ray itself would try for minutes
-READY_S = 15.0  # for a placement group whose hosts have room
+READY_S = 5.0  # for a placement group whose hosts have room; milliseconds, unless they have died
 NODE_ID = "ray.io/node-id"
 MISMATCH = re.compile(r"started with:\s+Ray: (\S+)\s+Python: (\S+)")
 

@@ -111,12 +111,12 @@ class Service:
 
     def end(self) -> list[int]:
         """Kills what is left of it and removes its folder. Returns who would not die."""
+        assert self._guard.stdin is not None
         left = sessions.sweep(self._process.pid) if self._process else []
         if self._process:
             self._process.wait()
-            assert self._guard.stdin is not None
             self._guard.stdin.write(f"-{self._process.pid}\n".encode())
-            self._guard.stdin.flush()
+        self._guard.stdin.close()
         shutil.rmtree(self._folder, ignore_errors=True)
         return left
 
