@@ -32,7 +32,9 @@ def replica_faults(fleet: Fleet) -> Iterator[Fault]:
     ids = [instance.id for instance in fleet.instances]
     for index, first in enumerate(fleet.instances):
         if most(first) > 1 and first.telemetry:
-            yield Fault(f"instances[{index}].telemetry", "is for one instance by its id; replicas have ids of their own")
+            yield Fault(
+                f"instances[{index}].telemetry", "is for one instance by its id; replicas have ids of their own"
+            )
         for number in range(2, most(first) + 1):
             if (other := replica(first, number).id) in ids:
                 yield Fault(f"instances[{index}].max", f"its replica {number} would be {other!r}, which is there")
