@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet import Fleet
 from deploy.launch import mesh, sessions
 from deploy.launch.screen import Screen
 from deploy.launch.supervise import Policy, State
