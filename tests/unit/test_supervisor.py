@@ -100,7 +100,8 @@ async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_
         ready = tmp_path / f"{id}.json"
         told = f"import json, os, time; open({str(ready)!r}, 'w').write(json.dumps({{'pid': os.getpid()}}))\n"
         text = script or told + "time.sleep(100)"
-        return Program(id, "llm", (sys.executable, "-c", text), os.environ, tmp_path / f"{id}.log", ready)
+        model = "" if id == "gateway" else "m"
+        return Program(id, "llm", (sys.executable, "-c", text), os.environ, tmp_path / f"{id}.log", ready, 1, model)
 
     programs = [program("gateway", ""), program("a", ""), program("b", "pass")]
     supervisor = Supervisor(programs, Policy(grace_s=5), lambda running: None)
