@@ -15,6 +15,7 @@ from infermesh.client import AsyncClient, Client, MeshError
 from registry.address import open_registry
 from services.chassis import certificates
 from tests.kit.children import Children, environment, infermesh
+from tests.kit.consul import ConsulServer
 from tests.kit.fake_instance import fake_instance
 from tests.kit.mesh import TestMesh, running_mesh, until
 
@@ -150,3 +151,25 @@ async def test_a_certificate_that_cannot_be_used_is_refused_at_the_start(
     assert why in out
     half = await verb("gateway", "--grpc", "127.0.0.1:0", "--tls-cert-file", str(files[0]), ca=files[0], code=2)
     assert "one is nothing without the other" in half
+
+
+@pytest.mark.consul
+async def test_consul_finds_healthy_who_serves_over_tls(tmp_path: Path) -> None:
+    """Its check is over TLS too; in the clear it would be critical within a second."""
+    files = issue(tmp_path, trustme.CA(), "node", NAME)
+    with ConsulServer() as consul, Children(tmp_path) as children:
+        words = ("--model", "chat", "--listen", "127.0.0.1:0", "--instance-id", "a", "--registry", consul.url)
+        children.start("llm", "--engine", "scripted", *words, *flags(*files))
+        url = f"http://127.0.0.1:{consul.port()}/v1/agent/checks"  # what it just saw; the catalogue hears of it later
+
+        async def status() -> set[tuple[str, str]]:
+            async with aiohttp.ClientSession() as session, session.get(url) as reply:
+                checks = (await reply.json()).values()
+            return {(check["Status"], check["Output"]) for check in checks}
+
+        async def asked() -> bool:
+            found = await status()
+            return bool(found) and all(output for _, output in found)
+
+        await until(asked, 20)
+        assert {state for state, _ in await status()} == {"passing"}, await status()
