@@ -102,8 +102,20 @@ def start_faults(fleet: Fleet, gpus: int = 0, *, ray: bool = False) -> Iterator[
                     yield Fault(f"{where}.{key}", f"engine {engine} of {instance.id} does not take it")
 
 
-def gateway_command(fleet: Fleet, host: Host, shared: Shared, *, grpc: str, http: str, ready_file: Path) -> Command:
+def gateway_command(
+    fleet: Fleet,
+    host: Host,
+    shared: Shared,
+    *,
+    grpc: str,
+    http: str,
+    ready_file: Path,
+    tls: tuple[str, str] | None = None,
+) -> Command:
+    """`tls`: the files of the certificate and of its key, with which both doors serve."""
     argv = [host.python, "-P", "-m", "infermesh.cli", "gateway", "--grpc", grpc, "--http", http]
+    if tls is not None:
+        argv += ["--tls-cert-file", tls[0], "--tls-key-file", tls[1]]
     argv += [*_routing(fleet), *_shared(shared), "--ready-file", str(ready_file)]
     return Command(tuple(argv), _environ(host))
 

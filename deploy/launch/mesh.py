@@ -34,6 +34,7 @@ HARD_GRACE_S = 5.0  # what a child gets beyond the grace period that it knows of
 class Where:
     """Where the mesh listens. `registry` empty: hosted here, at `registry_listen`. `node`: which of the fleet's this
     host is. `keys`: callers need one. `ray`: HOST:PORT of a Ray head, or a cluster's name in the fleet.
+    `tls`: the files of a certificate and of its key, for the gateway's doors; None = in the clear.
     """
 
     grpc: str
@@ -43,6 +44,7 @@ class Where:
     keys: bool = False
     ray: str = ""
     registry_listen: str = "127.0.0.1:0"
+    tls: tuple[str, str] | None = None
 
 
 async def run_mesh(
@@ -71,7 +73,7 @@ async def run_mesh(
         registry = where.registry or f"mesh://{await stack.enter_async_context(hosted())}"
         shared = replace(shared, registry=registry)
         programs = Programs(fleet, host, shared, found, reckoned_speeds(fleet))
-        started = [programs.gateway(where.grpc, where.http), *map(programs.instance, at_start(instances))]
+        started = [programs.gateway(where.grpc, where.http, where.tls), *map(programs.instance, at_start(instances))]
         policy = Policy(grace_s=shared.grace_s + HARD_GRACE_S)
         supervisor = Supervisor(started, policy, screen.changed)
         screen.begin()
@@ -195,7 +197,10 @@ def _doors(children: Sequence[Running], where: Where) -> tuple[str, str]:
 def banner(children: Sequence[Running], where: Where, registry: str, notes: Sequence[str] = ()) -> str:
     """Addresses, models, and something to paste."""
     grpc, http = _doors(children, where)
-    lines = ["", "The mesh is up.", f"  gRPC      {grpc}", f"  REST      http://{http}/v1"]
+    if where.tls is not None:
+        grpc = f"grpcs://{grpc}"
+    rest = f"http://{http}" if where.tls is None else f"https://{http}"
+    lines = ["", "The mesh is up.", f"  gRPC      {grpc}", f"  REST      {rest}/v1"]
     lines += [f"  registry  {registry}", "  models"]
     instances = [running for running in children if running.program.model]
     width = max(len(running.program.model) for running in instances)
@@ -211,7 +216,7 @@ def banner(children: Sequence[Running], where: Where, registry: str, notes: Sequ
     lines += [
         "",
         "Try:",
-        f"  {curl(first.program.kind, first.program.model, http, keys=where.keys)}",
+        f"  {curl(first.program.kind, first.program.model, rest, keys=where.keys)}",
         *([] if grpc == DEFAULT_GRPC else [f"  export INFERMESH_GATEWAY={grpc}   # for infermesh chat and the like"]),
         "",
         *notes,
@@ -232,10 +237,11 @@ def curl(kind: str, model: str, http: str, *, keys: bool = False) -> str:
         "embedding": ("embeddings", f'{{"model": "{model}", "input": ["The cat sat on the mat."]}}'),
         "rerank": ("rerank", f'{{"model": "{model}", "query": "a pet", "documents": ["A cat.", "A car."]}}'),
     }[kind]
-    host, _, port = http.rpartition(":")
+    scheme, _, address = http.rpartition("://")
+    host, _, port = address.rpartition(":")
     near = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}.get(host, host)
     key = ' -H "authorization: Bearer $KEY"' if keys else ""
-    return f"curl http://{near}:{port}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'"
+    return f"curl {scheme or 'http'}://{near}:{port}/v1/{path}{key} -H 'content-type: application/json' -d '{body}'"
 
 
 def _signals() -> tuple[asyncio.Event, asyncio.Event]:

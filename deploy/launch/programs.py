@@ -33,8 +33,10 @@ class Programs:
     clusters: tuple[RayCluster, ...] = ()
     reckoned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def gateway(self, grpc: str, http: str) -> Program:
-        made = gateway_command(self.fleet, self.host, self.shared, grpc=grpc, http=http, ready_file=_ready(GATEWAY))
+    def gateway(self, grpc: str, http: str, tls: tuple[str, str] | None = None) -> Program:
+        made = gateway_command(
+            self.fleet, self.host, self.shared, grpc=grpc, http=http, ready_file=_ready(GATEWAY), tls=tls
+        )
         # It goes first: it lets what is running finish, for which it needs the instances.
         return _program(GATEWAY, GATEWAY, "", made, tier=0)
 

@@ -45,6 +45,10 @@ def command(
     port: Annotated[int, typer.Option("--port", "-p", help="The port of the REST address.", min=0, max=65535)] = 0,
     keys: Annotated[Path | None, typer.Option(help="keys.yaml: who may call.")] = None,
     operator_key_file: Annotated[Path | None, typer.Option(help="The operator's key; needed with --keys.")] = None,
+    tls_cert_file: Annotated[
+        Path | None, typer.Option(help="The gateway's doors speak TLS: its certificate, PEM.")
+    ] = None,
+    tls_key_file: Annotated[Path | None, typer.Option(help="Its key.")] = None,
     otlp: Annotated[str, typer.Option(help="OTLP/gRPC endpoint for the spans of all of them; none unless told.")] = "",
     otlp_ratio: Annotated[
         float | None, typer.Option(help="Share of the traces that begin here, 0 .. 1.", min=0, max=1)
@@ -73,6 +77,7 @@ def command(
     from deploy.launch.mesh import Where, run_mesh
     from infermesh.cli.calibrate import file_of_fleet, read
     from infermesh.cli.registry import hosted_registry
+    from services.chassis.certificates import TlsSettings
     from services.chassis.keys import load_keys
 
     if sum(map(bool, (fleet, adopt, llm_source))) > 1:
@@ -98,7 +103,12 @@ def command(
         keys=bool(keys or ours.keys),
         ray=ray,
         registry_listen=registry_listen or "127.0.0.1:0",
+        tls=(str(tls_cert_file), str(tls_key_file)) if tls_cert_file else None,
     )
+    try:
+        TlsSettings(tls_cert_file=tls_cert_file, tls_key_file=tls_key_file).certificate()
+    except ValueError as error:
+        raise Failure(str(error), BAD_USAGE) from None
     if ray and not fleet:
         raise Failure("--ray needs --fleet: which instances shall run there", BAD_USAGE)
     if ray and node:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 
 CLI = [sys.executable, "-P", "-m", "infermesh.cli"]
 FLEET = """
@@ -308,7 +309,7 @@ def test_running_servers_are_adopted(tmp_path: Path) -> None:
             assert answer.stdout == " w0 w1 w2\n", answer.stderr
 
 
-def test_keys_hold_for_the_whole_mesh(tmp_path: Path) -> None:
+def test_keys_and_certificates_hold_for_the_whole_mesh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import hashlib
 
     def entry(key: str, role: str) -> str:
@@ -316,16 +317,25 @@ def test_keys_hold_for_the_whole_mesh(tmp_path: Path) -> None:
 
     (tmp_path / "keys.yaml").write_text("version: 1\nkeys:\n" + entry("sk-1", "client") + entry("sk-op", "operator"))
     (tmp_path / "operator.key").write_text("sk-op\n")
-    words = ("--keys", "keys.yaml", "--operator-key-file", "operator.key")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    own = authority.issue_cert("127.0.0.1")
+    own.cert_chain_pems[0].write_to_path(tmp_path / "own.pem")
+    own.private_key_pem.write_to_path(tmp_path / "own.key")
+    tls = ("--tls-cert-file", "own.pem", "--tls-key-file", "own.key")
+    words = ("--keys", "keys.yaml", "--operator-key-file", "operator.key", *tls)
     with up(tmp_path, FLEET % {"python": sys.executable}, *words) as mesh:
         wait_for(mesh.is_ready)
         (tmp_path / "client.key").write_text("sk-1")
-        known = ("--api-key-file", "client.key")
+        monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(tmp_path / "ca.pem"))
+        gateway = ("--gateway", f"grpcs://{mesh.run_file()['gateway']}")
+        known = ("--api-key-file", "client.key", *gateway)
+        assert f"curl https://{mesh.run_file()['http']}/v1/" in (tmp_path / "stdout").read_text()
         assert mesh.cli("chat", "--max-tokens", "1", "hello", *known).returncode == 0
-        refused = mesh.cli("chat", "--max-tokens", "1", "hello")
+        refused = mesh.cli("chat", "--max-tokens", "1", "hello", *gateway)
         assert refused.returncode == 1 and "[unauthenticated]" in refused.stderr
         assert "[permission_denied]" in mesh.cli("drain", "s1", *known).stderr
-        assert mesh.cli("drain", "s1", "--api-key-file", "operator.key").returncode == 0
+        assert mesh.cli("drain", "s1", "--api-key-file", "operator.key", *gateway).returncode == 0
         wait_for(lambda: mesh.child("s1")["state"] == "stopped")
 
 
