@@ -15,7 +15,8 @@ HOUSE = ("infermesh", "registry", "services", "deploy")
 BOTTOM = ("infermesh.errors", "infermesh.v1", "registry.endpoint", "deploy.fleet", "deploy.planner")
 SERVICE = (*BOTTOM, "infermesh.transport", "registry", "services.chassis")
 GATEWAY = "services.gateway"
-GRANTING = "services.chassis.granting"  # the rule that gateways and instances share, values and arithmetic
+GRANTING = "services.chassis.granting"  # the rules that gateways and instances share, values and arithmetic
+FAIRNESS = "services.chassis.fairness"
 
 # Room -> what it may import of the house beside itself. The longest prefix of a module is its room.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -25,7 +26,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "registry.endpoint": BOTTOM,
     "services": (),
     "services.chassis": SERVICE,
-    GRANTING: BOTTOM,
+    FAIRNESS: (),
+    GRANTING: (*BOTTOM, FAIRNESS),
     "services.llm": SERVICE,
     "services.embedding": SERVICE,
     "services.rerank": SERVICE,
@@ -46,15 +48,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *SERVICE,
         *(f"{GATEWAY}.{room}" for room in ("config", "entrance", "observe", "report", "routing")),
     ),
-    f"{GATEWAY}.routing": (*BOTTOM, GRANTING),
-    f"{GATEWAY}.simulator": (*BOTTOM, GRANTING, f"{GATEWAY}.routing"),
+    f"{GATEWAY}.routing": (*BOTTOM, GRANTING, FAIRNESS),
+    f"{GATEWAY}.simulator": (*BOTTOM, GRANTING, FAIRNESS, f"{GATEWAY}.routing"),
     "deploy": (*BOTTOM, "registry"),
     "deploy.fleet": BOTTOM,
     "deploy.planner": BOTTOM,
     "deploy.setup": BOTTOM,
 }
 # Plain functions and values: no I/O, no clock, no chance, no telemetry, nothing to await.
-PURE = (GRANTING, f"{GATEWAY}.routing", f"{GATEWAY}.simulator", "deploy.planner")
+PURE = (GRANTING, FAIRNESS, f"{GATEWAY}.routing", f"{GATEWAY}.simulator", "deploy.planner")
 IMPURE = (
     *("asyncio", "time", "random", "logging", "os", "secrets", "socket", "subprocess", "threading", "uuid"),
     *("aiohttp", "grpc", "opentelemetry", "prometheus_client", "structlog"),

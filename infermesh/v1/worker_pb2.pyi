@@ -259,6 +259,7 @@ class Load(_message.Message):
     FOREIGN_WORK_US_FIELD_NUMBER: _builtins.int
     FOREIGN_LINE_MS_FIELD_NUMBER: _builtins.int
     FOREIGN_WAITING_FIELD_NUMBER: _builtins.int
+    TENANTS_BEYOND_FIELD_NUMBER: _builtins.int
     running: _builtins.int
     """requests in the batch"""
     waiting: _builtins.int
@@ -289,6 +290,10 @@ class Load(_message.Message):
     def foreign_line_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """who waits in the other gateways for this instance: the sums of Want.line_ms"""
 
+    @_builtins.property
+    def tenants_beyond(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """those that have more of this instance than others: they go after them"""
+
     def __init__(
         self,
         *,
@@ -306,10 +311,11 @@ class Load(_message.Message):
         foreign_work_us: _builtins.int | None = ...,
         foreign_line_ms: _abc.Iterable[_builtins.int] | None = ...,
         foreign_waiting: _builtins.int = ...,
+        tenants_beyond: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us", "_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "foreign_work_us", b"foreign_work_us", "kv_used_ratio", b"kv_used_ratio", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "steps", b"steps", "waiting", b"waiting"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us", "_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "foreign_line_ms", b"foreign_line_ms", "foreign_waiting", b"foreign_waiting", "foreign_work_us", b"foreign_work_us", "gateways", b"gateways", "kv_used_ratio", b"kv_used_ratio", "own_queued_tokens", b"own_queued_tokens", "own_running", b"own_running", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "seen_seq", b"seen_seq", "steps", b"steps", "taken_at_ms", b"taken_at_ms", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us", "_kv_used_ratio", b"_kv_used_ratio", "_queued_tokens", b"_queued_tokens", "_resident_tokens", b"_resident_tokens", "_running", b"_running", "_steps", b"_steps", "_waiting", b"_waiting", "foreign_line_ms", b"foreign_line_ms", "foreign_waiting", b"foreign_waiting", "foreign_work_us", b"foreign_work_us", "gateways", b"gateways", "kv_used_ratio", b"kv_used_ratio", "own_queued_tokens", b"own_queued_tokens", "own_running", b"own_running", "queued_tokens", b"queued_tokens", "resident_tokens", b"resident_tokens", "running", b"running", "seen_seq", b"seen_seq", "steps", b"steps", "taken_at_ms", b"taken_at_ms", "tenants_beyond", b"tenants_beyond", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__foreign_work_us: _TypeAlias = _typing.Literal["foreign_work_us"]  # noqa: Y015
     _WhichOneofArgType__foreign_work_us: _TypeAlias = _typing.Literal["_foreign_work_us", b"_foreign_work_us"]  # noqa: Y015
@@ -360,6 +366,9 @@ class Want(_message.Message):
     SPARE_TOKENS_FIELD_NUMBER: _builtins.int
     LINE_MS_FIELD_NUMBER: _builtins.int
     WAITING_FIELD_NUMBER: _builtins.int
+    LATE_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
+    SERVICE_US_FIELD_NUMBER: _builtins.int
     ticket: _builtins.int
     """the gateway's own number; 0: nobody waits here"""
     work_us: _builtins.int
@@ -372,13 +381,17 @@ class Want(_message.Message):
     rank: _builtins.int
     """lower goes first"""
     bias_us: _builtins.int
-    """added to its work when requests are ordered: what its tenant had beyond others, less what the"""
+    """added to its work when requests are ordered: less what the cache saves"""
     spare_tokens: _builtins.int
-    """cache saves
-    of the KV cache, that must stay free beside it
-    """
+    """of the KV cache, that must stay free beside it"""
     waiting: _builtins.int
     """how many those are"""
+    late: _builtins.bool
+    """its first token cannot come within the target any more"""
+    tenant: _builtins.str
+    """tenants share the instance; priority counts within one"""
+    service_us: _builtins.int
+    """what the tenant is given with it: its prompt, and its part of the steps of its answer"""
     @_builtins.property
     def line_ms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """work of all who wait, by size: up to 2 ms, 4 ms, 8 ms …; the 25th: of those who are late"""
@@ -396,10 +409,13 @@ class Want(_message.Message):
         spare_tokens: _builtins.int = ...,
         line_ms: _abc.Iterable[_builtins.int] | None = ...,
         waiting: _builtins.int = ...,
+        late: _builtins.bool = ...,
+        tenant: _builtins.str = ...,
+        service_us: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "bias_us", b"bias_us", "kv_tokens", b"kv_tokens", "line_ms", b"line_ms", "priority", b"priority", "rank", b"rank", "spare_tokens", b"spare_tokens", "ticket", b"ticket", "waiting", b"waiting", "work_us", b"work_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["age_ms", b"age_ms", "bias_us", b"bias_us", "kv_tokens", b"kv_tokens", "late", b"late", "line_ms", b"line_ms", "priority", b"priority", "rank", b"rank", "service_us", b"service_us", "spare_tokens", b"spare_tokens", "tenant", b"tenant", "ticket", b"ticket", "waiting", b"waiting", "work_us", b"work_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

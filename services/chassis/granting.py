@@ -11,11 +11,12 @@ exactly.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from registry.endpoint import Endpoint
+from services.chassis.fairness import FAIRNESS, LATE_S, SHALLOW, Holdings, Size, Turns
 
 FEATURE = "grant"  # in both hellos: asks by Want, understands Grant
 DEPTH_S = 0.2  # prefill that an instance keeps queued: never empty, never deep
@@ -35,8 +36,9 @@ def depth_s(endpoint: Endpoint) -> float:
 
 class Want(NamedTuple):
     """The best request that waits in a gateway for the instance. `age_s`: since it first asked. `bias_us` is added to
-    its work when requests are ordered. `spare_tokens` of the KV cache must stay free beside it. `line_ms`: work of all
-    who wait there, by size; `waiting`: how many."""
+    its work when requests are ordered; `late`: it cannot be on time any more. `spare_tokens` of the KV cache must stay
+    free beside it. `service_us`: what its tenant is given with it. `line_ms`: work of all who wait there, by size;
+    `waiting`: how many."""
 
     ticket: int
     work_us: int
@@ -45,6 +47,9 @@ class Want(NamedTuple):
     rank: int = 0
     priority: int = 0
     bias_us: int = 0
+    late: bool = False
+    tenant: str = ""
+    service_us: int = 0
     age_s: float = 0.0
     line_ms: tuple[int, ...] = ()
     waiting: int = 0
@@ -62,6 +67,7 @@ class Others(NamedTuple):
     work_us: int  # their prompts that are not yet computed, and what is granted to them
     line_ms: tuple[int, ...]
     waiting: int
+    beyond: frozenset[str] = frozenset()  # tenants
 
 
 @dataclass(slots=True)
@@ -71,9 +77,11 @@ class _Booked:
     gateway: str
     work_us: int
     kv_tokens: int
+    tenant: str = ""
     until: float = 0.0  # of a grant
 
 
+LATE = 1e9  # within a tenant, who cannot be on time goes after those who can
 Key = tuple[int, int, float, str]
 
 
@@ -95,12 +103,15 @@ class Arbiter:
         self._number = 0
         self._kv_used = 0
         self._computing = False
+        self._turns = Turns()
+        self._holdings = Holdings()
 
     def resize(self, depth_s: float, max_running: int, kv_tokens: int) -> None:
         """What is known of the instance now."""
         self._depth_us = round(depth_s * US)
         self._max_running = max_running
         self._kv_tokens = kv_tokens
+        self._whole = Size(max_running, kv_tokens)
 
     # -- gateways ---------------------------------------------------------------------------------------------------
 
@@ -113,7 +124,7 @@ class Arbiter:
         if self._linked[gateway]:
             return
         del self._linked[gateway]
-        self._wants.pop(gateway, None)
+        self._unwant(gateway)
         self._lines.pop(gateway, None)
         for held in [held for held in self._granted if held[0] == gateway]:
             self._void(held)
@@ -124,9 +135,12 @@ class Arbiter:
             return
         self._lines[gateway] = want
         if not want.ticket or (gateway, want.ticket) in self._granted:
-            self._wants.pop(gateway, None)
+            self._unwant(gateway)
             return
-        score = (want.work_us + want.bias_us) / US + AGING * (now - want.age_s)
+        self._turns.came(want.tenant)
+        self._holdings.see(want.tenant)
+        self._unwant(gateway)
+        score = (want.work_us + want.bias_us) / US + AGING * (now - want.age_s) + (LATE if want.late else 0.0)
         self._wants[gateway] = (want.rank, -want.priority, score, gateway), want
 
     def decline(self, gateway: str, ticket: int) -> None:
@@ -139,34 +153,68 @@ class Arbiter:
         for held in [held for held, booked in self._granted.items() if booked.until <= now]:
             self._void(held)
         found: list[Grant] = []
-        while self._wants:
-            gateway = min(self._wants, key=lambda gateway: self._wants[gateway][0])
+        content: set[str] = set()  # tenants that have all the room they may have
+        while (gateway := self._first(content, now)) is not None:
             want = self._wants[gateway][1]
-            if not self._fits(want.kv_tokens + want.spare_tokens, now):
+            need = want.kv_tokens + want.spare_tokens
+            if not self._fits(need, now):
                 break
-            del self._wants[gateway]
-            self._granted[gateway, want.ticket] = _Booked(gateway, want.work_us, want.kv_tokens, now + EXPIRY_S)
+            if not self._fits(need, now, want.tenant):
+                content.add(want.tenant)
+                continue
+            self._turns.served(want.tenant, want.service_us / US)
+            self._unwant(gateway)
+            booked = _Booked(gateway, want.work_us, want.kv_tokens, want.tenant, now + EXPIRY_S)
+            self._granted[gateway, want.ticket] = booked
+            self._hold(booked, now)
             self._granted_us += want.work_us
             self._kv += want.kv_tokens
             found.append(Grant(gateway, want.ticket))
         return found
 
+    def _first(self, but: Container[str], now: float) -> str | None:
+        """Each tenant's best want by its key; of these, the one of who has, and was given, less."""
+        heads: dict[str, tuple[Key, Want]] = {}
+        for entry in self._wants.values():
+            tenant = entry[1].tenant
+            if tenant not in but and (tenant not in heads or entry[0] < heads[tenant][0]):
+                heads[tenant] = entry
+        if len(heads) < 2:
+            return next((key[-1] for key, _ in heads.values()), None)
+        ahead = self._turns.ahead()
+        beyond = self._holdings.beyond(self._whole, now)
+
+        def between(entry: tuple[Key, Want]) -> tuple[int, bool, float, str]:
+            want = entry[1]
+            score = (want.work_us + want.bias_us) / US + FAIRNESS * ahead[want.tenant] + (LATE_S if want.late else 0.0)
+            return want.rank, want.tenant in beyond, score, entry[0][-1]
+
+        return min(heads.values(), key=between)[0][-1]
+
+    def _unwant(self, gateway: str) -> None:
+        if gateway in self._wants:
+            self._turns.left(self._wants.pop(gateway)[1].tenant)
+
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def arrive(
-        self, gateway: str, now: float, work_us: int = 0, kv_tokens: int = 0, grant: int = 0
+        self, gateway: str, now: float, work_us: int = 0, kv_tokens: int = 0, grant: int = 0, tenant: str = ""
     ) -> tuple[int, float]:
         """(its number, 0), or (0, seconds of prompts queued) where it is refused: it has no grant, others wait or the
         room is taken. Nobody is refused who could not have asked."""
         held = (gateway, grant)
+        asks = gateway in self._linked and len(self._linked) > 1
         if grant and held in self._granted:
             self._void(held)
-        elif gateway in self._linked and len(self._linked) > 1 and (self._wants or not self._fits(kv_tokens, now)):
+        elif asks and (self._wants or not self._fits(kv_tokens, now, tenant)):
             return 0, self.wait_us(now) / US
+        else:
+            self._turns.served(tenant, work_us / US)
         if not self._work_us:
             self._since = now
         self._number += 1
-        self._inside[self._number] = self._pending[self._number] = booked = _Booked(gateway, work_us, kv_tokens)
+        self._inside[self._number] = self._pending[self._number] = booked = _Booked(gateway, work_us, kv_tokens, tenant)
+        self._hold(booked, now)
         self._work_us += booked.work_us
         self._kv += booked.kv_tokens
         return self._number, 0.0
@@ -181,7 +229,9 @@ class Arbiter:
 
     def ended(self, number: int, now: float) -> None:
         self.started(number, now)
-        self._inside.pop(number, None)
+        booked = self._inside.pop(number, None)
+        if booked is not None:
+            self._release(booked)
 
     # -- room -------------------------------------------------------------------------------------------------------
 
@@ -224,7 +274,8 @@ class Arbiter:
         while line and not line[-1]:
             line.pop()
         work = self._work_us + self._granted_us - own - done
-        return Others(len(self._linked), work, tuple(line), waiting)
+        beyond = frozenset(self._holdings.beyond(self._whole, now))
+        return Others(len(self._linked), work, tuple(line), waiting, beyond)
 
     @property
     def waiting(self) -> int:
@@ -240,17 +291,30 @@ class Arbiter:
             "inside": len(self._inside) + len(self._pending),
             "work": self._work_us,
             "kv": self._kv,
+            "held": self._holdings.used(),
         }
 
-    def _fits(self, kv_tokens: int, now: float) -> bool:
+    def _fits(self, kv_tokens: int, now: float, tenant: str | None = None) -> bool:
+        """`tenant`: beside what is kept for the others; None: for anybody."""
         busy = len(self._inside) + len(self._granted)
-        if self._max_running and busy >= self._max_running:
+        depth_us, kept = self._depth_us, Size()
+        if tenant is not None and tenant in self._holdings.beyond(self._whole, now):
+            depth_us, kept = depth_us // SHALLOW, self._holdings.kept(tenant, self._whole, now)
+        if self._max_running and busy + kept.slots >= self._max_running:
             return False
-        if self._kv_tokens and (busy or self._computing) and self._kv_used + self._kv + kv_tokens > self._kv_tokens:
+        used = self._kv_used + self._kv + kv_tokens + kept.tokens
+        if self._kv_tokens and (busy or self._computing) and used > self._kv_tokens:
             return False
-        return self.wait_us(now) <= self._depth_us
+        return self.wait_us(now) <= depth_us
 
     def _void(self, held: tuple[str, int]) -> None:
         booked = self._granted.pop(held)
         self._granted_us -= booked.work_us
         self._kv -= booked.kv_tokens
+        self._release(booked)
+
+    def _hold(self, booked: _Booked, now: float) -> None:
+        self._holdings.take(booked.tenant, Size(1, booked.kv_tokens), now)
+
+    def _release(self, booked: _Booked) -> None:
+        self._holdings.give(booked.tenant, Size(1, booked.kv_tokens))

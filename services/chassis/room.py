@@ -77,6 +77,7 @@ class Room:
         others = self.arbiter.others(gateway, self._clock())
         load.gateways, load.foreign_work_us = others.gateways, others.work_us
         load.foreign_waiting = others.waiting
+        load.tenants_beyond.extend(sorted(others.beyond))
         load.foreign_line_ms.extend(others.line_ms)
 
     # -- requests ---------------------------------------------------------------------------------------------------
@@ -87,14 +88,14 @@ class Room:
         Raises:
             MeshError: INSTANCE_FULL, with the seconds of prompts queued: it did not ask, and the room is taken.
         """
-        gateway, work_us, kv_tokens, grant = "", 0, tokens, 0
+        gateway, work_us, kv_tokens, grant, tenant = "", 0, tokens, 0, ""
         if relay is not None:
-            gateway, work_us, grant = relay.gateway_id, relay.work_us, relay.grant
+            gateway, work_us, grant, tenant = relay.gateway_id, relay.work_us, relay.grant, relay.tenant
             kv_tokens = relay.kv_tokens or tokens
         self._look()
         now = self._clock()
         number, queued_s = self.arbiter.arrive(
-            gateway, now, work_us or round(tokens / self._tps * US), kv_tokens, grant
+            gateway, now, work_us or round(tokens / self._tps * US), kv_tokens, grant, tenant
         )
         if not number:
             message = f"{queued_s:.3f} s of prompts are queued here, and the request was sent without a grant"
@@ -151,4 +152,7 @@ def want_of(frame: wk.Want) -> Want:
         age_s=frame.age_ms / 1000,
         line_ms=tuple(frame.line_ms),
         waiting=frame.waiting,
+        late=frame.late,
+        tenant=frame.tenant,
+        service_us=frame.service_us,
     )

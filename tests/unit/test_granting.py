@@ -6,7 +6,7 @@ from random import Random
 
 import pytest
 
-from services.chassis.granting import EXPIRY_S, SIZES, Arbiter, Grant, Want
+from services.chassis.granting import EXPIRY_S, SIZES, Arbiter, Grant, Others, Want
 
 S = 1_000_000  # µs
 
@@ -90,8 +90,8 @@ def test_each_gateway_is_told_of_the_others() -> None:
     room.arrive("a", 0.0, 100)
     room.arrive("b", 0.0, 50)
     room.want("b", Want(4, S, line_ms=(0, 5, 7), waiting=2), 0.0)
-    assert room.others("a", 0.0) == (2, 50, (0, 5, 7), 2)
-    assert room.others("b", 0.0) == (2, 100, (), 0)
+    assert room.others("a", 0.0) == Others(2, 50, (0, 5, 7), 2)
+    assert room.others("b", 0.0) == Others(2, 100, (), 0)
     assert room.others("b", 1.0).work_us == 0, "the head has had its time"
 
 

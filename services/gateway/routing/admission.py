@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from itertools import islice
 
+from services.chassis.fairness import Turns
 from services.gateway.routing.affinity import shared_blocks
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.fleet import Instance
@@ -29,7 +30,7 @@ class Bounds:
 
 @dataclass(slots=True)
 class Queue:
-    """`served`: seconds of work that each tenant was given; a newcomer begins level with the least served who waits."""
+    """`turns`: what each tenant was given."""
 
     bounds: Bounds
     tickets: dict[int, Waiting] = field(default_factory=dict)
@@ -37,8 +38,8 @@ class Queue:
     tokens: dict[Lane, int] = field(default_factory=dict)
     unplaced: dict[int, Waiting] = field(default_factory=dict)
     homes: dict[str, Instance] = field(default_factory=dict)
-    served: dict[str, float] = field(default_factory=dict)
-    present: dict[str, int] = field(default_factory=dict)  # tenant -> how many wait
+    turns: Turns = field(default_factory=Turns)
+    shares: dict[tuple[Lane, str], tuple[int, int]] = field(default_factory=dict)  # requests and tokens of each tenant
     last_ticket: int = 0
     touched: set[str] = field(default_factory=set)  # instances whose line has changed since they were told
     families: dict[int, dict[int, Waiting]] = field(default_factory=dict)  # first block of a chain -> who waits with it
@@ -47,12 +48,16 @@ class Queue:
         self.last_ticket += 1
         return self.last_ticket
 
-    def full(self, lane: Lane, tokens: int) -> str:
-        """Which bound the next request would break; empty if none. A lane that is empty takes any one request."""
-        count = self.requests.get(lane, 0)
-        if count >= self.bounds.max_requests:
-            return f"{self.bounds.max_requests} requests wait already"
-        if count and self.tokens[lane] + tokens > self.bounds.max_tokens:
+    def full(self, lane: Lane, tokens: int, tenant: str) -> str:
+        """Which bound the next request would break; empty if none. A lane that is empty takes any one request, and one
+        that others have filled still takes a tenant's equal share: twice the bounds at most."""
+        count, bounds = self.requests.get(lane, 0), self.bounds
+        own, own_tokens = self.shares.get((lane, tenant), (0, 0))
+        tenants = len(self.turns.waiting) + (tenant not in self.turns.waiting)
+        if count >= bounds.max_requests and own >= bounds.max_requests // tenants:
+            return f"{count} requests wait already"
+        full = bool(count) and self.tokens[lane] + tokens > bounds.max_tokens
+        if full and own_tokens + tokens > bounds.max_tokens // tenants:
             return f"{self.tokens[lane]} tokens of work wait already"
         return ""
 
@@ -64,16 +69,16 @@ class Queue:
             self.families.setdefault(facts.chain[0], {})[waiting.ticket] = waiting
         self.requests[lane] = self.requests.get(lane, 0) + 1
         self.tokens[lane] = self.tokens.get(lane, 0) + waiting.tokens
-        if tenant not in self.present:
-            least = min((self.served.get(other, 0.0) for other in self.present), default=0.0)
-            self.served[tenant] = max(self.served.get(tenant, 0.0), least)
-        self.present[tenant] = self.present.get(tenant, 0) + 1
+        own, own_tokens = self.shares.get((lane, tenant), (0, 0))
+        self.shares[lane, tenant] = own + 1, own_tokens + waiting.tokens
+        self.turns.came(tenant)
 
     def place(self, waiting: Waiting, instance: Instance | None, work: float, saved: float) -> None:
         """Puts an unplaced request into an instance's line; None leaves it unplaced."""
         if instance is not None:
             del self.unplaced[waiting.ticket]
             instance.line.add(waiting, instance.id, work, saved)
+            instance.ledger.holdings.see(waiting.facts.tenant)
             self.homes[instance.id] = instance
             self.touched.add(instance.id)
 
@@ -105,11 +110,10 @@ class Queue:
         self.tokens[lane] -= waiting.tokens
         if not self.requests[lane]:
             del self.requests[lane], self.tokens[lane]
-        self.present[tenant] -= 1
-        if not self.present[tenant]:
-            del self.present[tenant]
-            if not self.present:  # nobody waits: nobody has anything on anybody
-                self.served.clear()
+        own, own_tokens = self.shares.pop((lane, tenant))
+        if own > 1:
+            self.shares[lane, tenant] = own - 1, own_tokens - waiting.tokens
+        self.turns.left(tenant)
         return waiting
 
     def promised(self, facts: Facts, ticket: int = 0) -> dict[str, float]:
@@ -121,17 +125,6 @@ class Queue:
                     share = min(1.0, shared_blocks(waiting.facts.chain, facts.chain) * facts.chain_share)
                     found[waiting.home] = max(share, found.get(waiting.home, 0.0))
         return found
-
-    def serve(self, tenant: str, seconds: float) -> None:
-        if tenant in self.present:
-            self.served[tenant] += seconds
-
-    def ahead(self) -> dict[str, float]:
-        """Seconds that each waiting tenant was served beyond the least served."""
-        if len(self.present) < 2:
-            return {}
-        least = min(self.served[tenant] for tenant in self.present)
-        return {tenant: self.served[tenant] - least for tenant in self.present}
 
     def age(self, now: float, target: float) -> None:
         """Moves those whose place in the order time has changed. `target`: seconds to the first token, for those who

@@ -6,18 +6,18 @@ there by then; where nobody is, the grant is declined at once, so that the room 
 
 from __future__ import annotations
 
-from services.chassis.granting import AGING, US, Want
+from services.chassis.granting import US, Want
 from services.gateway.routing.choice import cached_tokens, tokens
 from services.gateway.routing.decision import Ask, Decline, Dispatch, Effect
 from services.gateway.routing.desk import Desk
 from services.gateway.routing.fleet import NOBODY, Instance
-from services.gateway.routing.line import FAIRNESS, TURN
+from services.gateway.routing.line import HASTE, TURN
 from services.gateway.routing.serving import TRIES, again
 
 REPEAT_S = 1.0  # an ask is said again while it lasts: an instance may have lost it with a grant that went astray
 SUMMARY_S = 0.02  # how late others may learn how long the line behind the first one is
 OVERDUE_RANKS = 3  # an overdue request whose turn it is goes before every class
-_HEAD = 7  # fields of a Want that say who is asked for
+_HEAD = 9  # fields of a Want that say who is asked for
 
 
 def asks(desk: Desk, now: float) -> list[Ask]:
@@ -50,9 +50,8 @@ def want_of(desk: Desk, instance: Instance, now: float) -> Want:
     line = instance.line
     if not line.count or instance.barred or now < instance.full_until:
         return NOBODY
-    ahead = desk.queue.ahead()
     turn = instance.ledger.arrivals
-    waiting = line.first(ahead, turn)
+    waiting = line.first(desk.queue.turns.ahead(), turn, instance.beyond(now))
     assert waiting is not None
     facts = waiting.facts
     prompt, output = tokens(facts, desk.estimate(facts))
@@ -61,10 +60,12 @@ def want_of(desk: Desk, instance: Instance, now: float) -> Want:
     capacity = instance.endpoint.capacity.kv_tokens
     if capacity and instance.endpoint.tier == "long-context" and not waiting.long:
         spare = instance.reserve.kv_tokens(now, capacity)
-    rank, priority, cost, _ = waiting.key
+    rank, priority, _, _ = waiting.key
     if waiting.overdue and turn % TURN == 0:
         rank -= OVERDUE_RANKS
-    bias = cost - AGING * facts.since - waiting.work + FAIRNESS * ahead.get(facts.tenant, 0.0)
+    ledger = instance.ledger
+    decode = output * instance.rates.step(ledger.resident_tokens() + prompt)
+    service = waiting.work + decode / (ledger.own_slots + ledger.foreign_running + 1)
     return Want(
         ticket=waiting.ticket,
         work_us=round(waiting.work * US),
@@ -72,7 +73,10 @@ def want_of(desk: Desk, instance: Instance, now: float) -> Want:
         spare_tokens=spare,
         rank=rank,
         priority=-priority,
-        bias_us=round(bias * US),
+        bias_us=-round(HASTE * waiting.saved * US),
+        late=waiting.late,
+        tenant=facts.tenant,
+        service_us=round(service * US),
         age_s=now - facts.since,
         line_ms=line.line_ms(),
         waiting=line.count,
@@ -85,7 +89,8 @@ def granted(desk: Desk, instance: Instance, ticket: int, now: float) -> list[Eff
     desk.queue.touched.add(instance.id)
     effects: list[Effect] = []
     for _ in range(TRIES):
-        waiting = instance.line.first(desk.queue.ahead(), instance.ledger.arrivals) if instance.line.count else None
+        line, turns = instance.line, desk.queue.turns
+        waiting = line.first(turns.ahead(), instance.ledger.arrivals, instance.beyond(now)) if line.count else None
         if waiting is None:
             break
         desk.queue.lift(waiting)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from heapq import nsmallest
 
 from infermesh.errors import Reason
+from services.chassis.fairness import SHALLOW
 from services.gateway.routing import cost, filters, rendezvous
 from services.gateway.routing.decision import Candidate, Record
 from services.gateway.routing.estimate import Estimate
@@ -106,8 +107,8 @@ def choose(
         line = room = reserve = decode = step = 0.0
         asked = endpoint.id == granted
         if asked:
-            wait = min(wait, rates.depth_s)
-        slot = asked or not facts.slots or instance.has_slot(now)
+            wait = min(wait, rates.depth_s / (SHALLOW if facts.tenant in instance.beyond(now) else 1))
+        slot = asked or not facts.slots or instance.has_slot(now, facts.tenant)
         if not slot:
             full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
@@ -123,6 +124,7 @@ def choose(
             wide = endpoint.tier == "long-context" and not long
             if (running or not slot) and not asked:
                 kept = instance.reserve.kv_tokens(now, endpoint.capacity.kv_tokens) if wide else 0
+                kept += instance.kept(now, facts.tenant).tokens
                 need = (prompt - cached + output) * crowd + kept
                 room = _room(instance, slot, need, crowd, cost.slot_wait_s(estimate.output, step, running), now)
             if wide:
@@ -133,7 +135,8 @@ def choose(
             line = instance.line.ahead_s(work) * crowd
         load = wait + behind
         priced = work * cost.price(load if load < mean_backlog else mean_backlog)
-        ready = asked or (slot and (asks or (not room and instance.is_open(wait, crowd))))
+        opens = asks or (not room and instance.is_open(wait, crowd, now, facts.tenant))
+        ready = asked or (slot and opens)
         weight = rates.weight * instance.share * instance.pace.share
         total = (wait + line + room + priced + reserve + decode) / weight
         seconds = (wait, line, room, priced, reserve, decode)

@@ -132,6 +132,7 @@ class Desk:
             step=choice.step,
             at=now,
             due=record.predicted_ttft_s,
+            tenant=facts.tenant,
         )
         pulse = entry.pulse = Pulse(self.awake.now, vital=instance.vital)
         instance.ledger.reserve(self._seq, entry, now)
@@ -143,7 +144,9 @@ class Desk:
             tokens = record.prompt_tokens + record.output_tokens
             duration = choice.work + record.output_tokens * choice.step
             instance.reserve.observe(choice.work, tokens, duration, now)
-        self.queue.serve(facts.tenant, choice.work)
+        ledger = instance.ledger
+        beside = max(1, ledger.own_slots + ledger.foreign_running)  # it decodes with these
+        self.queue.turns.served(facts.tenant, choice.work + record.output_tokens * choice.step / beside)
         if self.policy.split and facts.kind == "llm":
             tokens = record.prompt_tokens + record.output_tokens
             pool = self.fleet.pools[facts.kind, facts.model]

@@ -90,7 +90,8 @@ class Member:
 @dataclass(frozen=True, slots=True)
 class LoadReport:
     """A load frame. None is unknown. `own_*` and `seen_seq` speak of the gateway that reads it, `foreign_*` of the
-    others; `gateways`: how many ask this instance before they send, 0 where it does not grant."""
+    others; `gateways`: how many ask this instance before they send, 0 where it does not grant;
+    `tenants_beyond`: who has more of it than others, over all gateways."""
 
     running: int | None = None
     waiting: int | None = None
@@ -105,6 +106,7 @@ class LoadReport:
     foreign_work_us: int | None = None
     foreign_line_ms: tuple[int, ...] = ()
     foreign_waiting: int = 0
+    tenants_beyond: frozenset[str] = frozenset()
 
 
 class End(Enum):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 
 from registry.endpoint import Endpoint
+from services.chassis.fairness import MOST_KEPT, NOTHING, SHALLOW, Size
 from services.chassis.granting import Want
 from services.gateway.routing.health import Link, State, Voices
 from services.gateway.routing.ledger import US, Ledger
@@ -75,14 +77,34 @@ class Instance:
         report = self.ledger.report
         return self.grants and report is not None and report.gateways > 1
 
-    def has_slot(self, now: float) -> bool:
-        """`max_running` is the gateway's cap too; an unknown one caps nothing."""
+    def has_slot(self, now: float, tenant: str = "") -> bool:
+        """`max_running` is the gateway's cap too; an unknown one caps nothing. `tenant`: whose request would take it;
+        what others used lately is not its."""
         if now < self.full_until or self.barred:
             return False
         cap, ledger = self.endpoint.capacity.max_running, self.ledger
         if self.state is State.PROBATION and ledger.entries and not self.spare:
             return False
-        return not cap or ledger.own_slots + ledger.foreign_running < cap
+        free = cap - ledger.own_slots - ledger.foreign_running
+        if not cap or free > -(-cap // MOST_KEPT) or not tenant:
+            return not cap or free > 0
+        return free > self.kept(now, tenant).slots
+
+    @property
+    def whole(self) -> Size:
+        capacity = self.endpoint.capacity
+        return Size(capacity.max_running, capacity.kv_tokens)
+
+    def beyond(self, now: float) -> Set[str]:
+        """Tenants that have more here than others, who go first. Where several gateways send, the instance knows."""
+        report = self.ledger.report
+        if report is not None and self.shared:
+            return report.tenants_beyond
+        return self.ledger.holdings.beyond(self.whole, now)
+
+    def kept(self, now: float, tenant: str) -> Size:
+        """What stays free beside this tenant's next request."""
+        return self.ledger.holdings.kept(tenant, self.whole, now) if tenant in self.beyond(now) else NOTHING
 
     def crowd(self) -> float:
         """How many times this gateway's part of the instance's requests all of them are: 1 where no other gateway sends
@@ -93,10 +115,12 @@ class Instance:
         foreign = ledger.foreign_running
         return min(MOST_GATEWAYS, 1.0 + foreign / (ledger.own_slots + 1)) if foreign else 1.0
 
-    def is_open(self, wait: float, crowd: float) -> bool:
+    def is_open(self, wait: float, crowd: float, now: float, tenant: str = "") -> bool:
         """Whether its queue of prompts, `wait` seconds, is short enough for more of ours: several gateways fill it
-        together, each its part."""
+        together, each its part. `tenant`: whose request would join it."""
         depth = self.rates.depth_s
+        if tenant and wait > depth / SHALLOW and tenant in self.beyond(now):
+            return False
         if self.shared and (self.closed or self.line.all_count):
             return False  # it grants to the best of those who wait
         return wait <= depth and (crowd == 1.0 or self.ledger.own_work * crowd <= depth * US)

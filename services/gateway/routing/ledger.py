@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.chassis.fairness import Holdings, Size
 from services.gateway.routing.facts import LoadReport
 from services.gateway.routing.pulse import Pulse
 
@@ -37,7 +38,12 @@ class Entry:
     arrivals: int = 0
     due: float = 0.0
     abandoned: bool = False
+    tenant: str = ""
     pulse: Pulse = field(default_factory=Pulse)
+
+    @property
+    def size(self) -> Size:
+        return Size(self.slots, self.total + self.output)
 
 
 @dataclass(slots=True)
@@ -59,6 +65,7 @@ class Ledger:
     since: float = 0.0
     arrivals: int = 0
     report: LoadReport | None = None
+    holdings: Holdings = field(default_factory=Holdings)
 
     def reserve(self, seq: int, entry: Entry, now: float) -> None:
         if not self.own_work and not self.foreign_work:
@@ -72,6 +79,7 @@ class Ledger:
         self.own_output += entry.output
         self.own_slots += entry.slots
         self.own_resident += entry.total + entry.output
+        self.holdings.take(entry.tenant, entry.size, now)
 
     def started(self, seq: int, now: float) -> Entry | None:
         """The first token is out. None when that is known, or nobody knows the request."""
@@ -93,6 +101,7 @@ class Ledger:
         self.own_output -= entry.output
         self.own_slots -= entry.slots
         self.own_resident -= entry.total + entry.output
+        self.holdings.give(entry.tenant, entry.size)
         return entry
 
     def _done(self, seq: int, entry: Entry, now: float) -> None:

@@ -1,30 +1,32 @@
 """Who waits in this gateway for one instance, in the order in which it would take them.
 
 A place in a line is not a binding: when the instance can take somebody, or another one stands idle, the choice is made
-again with what is known then. Order: class and priority; then those whose first token can still come within the target
-(under overload, age alone would make everybody late); then a key that never changes while a request waits (its work
-here plus its age at a discount: short work first), then fairness between tenants. Every fourth place is for those
-overdue, whoever they are.
+again with what is known then. Class first. Within a tenant: its priority; then those whose first token can still come
+within the target (under overload, age alone would make everybody late); then a key that never changes while a request
+waits (its work here plus its age at a discount: short work first). Between tenants neither priority nor age counts, but
+who was given less, or a flood would go before everybody who comes later. Every fourth place is for those overdue,
+whoever they are.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import frexp
 
+from services.chassis.fairness import FAIRNESS, LATE_S
 from services.chassis.granting import AGING, SIZES
 from services.gateway.routing.facts import Facts
 
 HASTE = 1.0  # a second that the cache saves now, and might not later, outweighs so many seconds of work
-FAIRNESS = 1.0  # a second of service that a tenant had beyond the least served one outweighs so many of its work
 OVERDUE = 0.5  # of the longest wait: from then on a request has a share in every fourth place
 TURN = 4
 LATE = 1e9  # more than any work: who cannot be on time goes after those who can
 _CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
 Rank = tuple[int, int]
 Key = tuple[int, int, float, int]
+Between = tuple[int, bool, float, int]
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +55,12 @@ class Waiting:
         facts = self.facts
         key = work - HASTE * saved + AGING * facts.since + (LATE if self.late else 0.0)
         return (_CLASS_RANK.get(facts.klass, 1), -facts.priority, key, self.ticket)
+
+    def between(self, ahead: float, beyond: bool) -> Between:
+        """Where it stands among other tenants' requests. `ahead`: seconds that its tenant was given beyond the least;
+        `beyond`: it has more of the instance than others."""
+        score = self.work - HASTE * self.saved + FAIRNESS * ahead + (LATE_S if self.late else 0.0)
+        return _CLASS_RANK.get(self.facts.klass, 1), beyond, score, self.ticket
 
     def yields_after(self) -> tuple[int, int, int]:
         """Who goes to a fallback first: the least looked at, then the least of the core, then the newest."""
@@ -131,19 +139,22 @@ class Line:
         """Seconds of those no larger who are late already: they would go before it, if age alone counted."""
         return sum(self.late_sizes[: _size(work) + 1]) if self.count else 0.0
 
-    def first(self, served: dict[str, float], turn: int) -> Waiting | None:
-        """Whom the instance would take now. `served`: seconds that each tenant had beyond the least served one. `turn`:
-        how many requests it has taken."""
-        if self.overdue and turn % TURN == 0:
+    def first(
+        self, ahead: Mapping[str, float], turn: int, beyond: Container[str] = (), but: Container[str] = ()
+    ) -> Waiting | None:
+        """Whom the instance would take now. `ahead`: seconds that each tenant was given beyond the least. `turn`: how
+        many requests it has taken. `beyond`: tenants that have more of it than others. `but`: not one of these."""
+        if self.overdue and turn % TURN == 0 and not but:
             return next(iter(self.overdue.values()))
-        best: Waiting | None = None
-        lowest: tuple[int, int, float, int] | None = None
-        for tenant, entries in self.tenants.items():
-            (rank, priority, key, ticket), waiting = entries[0]
-            fair = (rank, priority, key + FAIRNESS * served.get(tenant, 0.0), ticket)
-            if lowest is None or fair < lowest:
-                best, lowest = waiting, fair
-        return best
+        heads = (entries[0][1] for tenant, entries in self.tenants.items() if tenant not in but)
+        if len(self.tenants) == 1:
+            return next(heads, None)
+
+        def between(head: Waiting) -> Between:
+            tenant = head.facts.tenant
+            return head.between(ahead.get(tenant, 0.0), tenant in beyond)
+
+        return min(heads, key=between, default=None)
 
     def last(self, count: int) -> Iterator[Waiting]:
         """Some of those who would wait longest."""

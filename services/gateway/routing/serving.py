@@ -7,6 +7,7 @@ empty, it relieves another one whose line would take longer.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import replace
 
 from infermesh.errors import Reason
@@ -35,11 +36,24 @@ def pick(desk: Desk, facts: Facts, now: float, draw: float) -> Decision:
     instance = choice.instance
     if instance is not None and choice.ready:
         line = instance.line if instance.line.count and facts.slots and not choice.asks else None
-        first = line.first(desk.queue.ahead(), instance.ledger.arrivals) if line is not None else None
-        probe = Waiting(0, facts, 0, 0.0, draw, {})
-        if first is None or probe.order(choice.work, 0.0) < first.key:
+        if line is None or _goes_first(desk, instance, facts, choice.work, now):
             return Dispatch(desk.reserve(choice, facts, now))
     return _enqueue(desk, facts, held, choice, now, draw)
+
+
+def _goes_first(desk: Desk, instance: Instance, facts: Facts, work: float, now: float) -> bool:
+    """Whether a newcomer would be taken before those who wait there."""
+    turns = desk.queue.turns
+    beyond = instance.beyond(now)
+    first = instance.line.first(turns.ahead(), instance.ledger.arrivals, beyond)
+    assert first is not None
+    newcomer = Waiting(0, facts, 0, 0.0, 0.0, {}, work=work)
+    if first.facts.tenant == facts.tenant:
+        return newcomer.order(work, 0.0) < first.key
+    ours, theirs = facts.tenant, first.facts.tenant
+    return newcomer.between(turns.ahead_of(ours), ours in beyond) < first.between(
+        turns.ahead_of(theirs), theirs in beyond
+    )
 
 
 def degraded(
@@ -62,14 +76,20 @@ def serve(desk: Desk, instance: Instance, now: float) -> list[Effect]:
     effects: list[Effect] = []
     if not desk.queue.tickets:
         return effects
-    tries = 0
-    while tries < TRIES and could_start(instance, now):
-        line = instance.line
-        turn = instance.ledger.arrivals
-        waiting = line.first(desk.queue.ahead(), turn) if line.count else _relief(desk, instance, now)
+    content: set[str] = set()  # tenants that have all the room here that they may have
+    for _ in range(TRIES):
+        if not could_start(instance, now):
+            break
+        line, turns = instance.line, desk.queue.turns
+        if line.count:
+            waiting = line.first(turns.ahead(), instance.ledger.arrivals, instance.beyond(now), content)
+        else:
+            waiting = _relief(desk, instance, now, content)
         if waiting is None:
             break
-        tries += 1
+        if not instance.has_slot(now, waiting.facts.tenant):
+            content.add(waiting.facts.tenant)
+            continue
         home = waiting.home
         desk.queue.lift(waiting)
         placed = again(desk, waiting, now)
@@ -183,7 +203,7 @@ def expire(desk: Desk, now: float) -> list[Effect]:
 
 def could_start(instance: Instance, now: float) -> bool:
     """Has a slot, and no more prompts queued than an instance should have."""
-    return instance.has_slot(now) and instance.is_open(instance.ledger.wait_s(now), instance.crowd())
+    return instance.has_slot(now) and instance.is_open(instance.ledger.wait_s(now), instance.crowd(), now)
 
 
 def retry_after(desk: Desk, facts: Facts, reason: Reason) -> float | None:
@@ -198,8 +218,8 @@ def retry_after(desk: Desk, facts: Facts, reason: Reason) -> float | None:
     return min(max(sum(instance.busy_s() for instance in pool) / len(pool), 0.5), 30.0)
 
 
-def _relief(desk: Desk, instance: Instance, now: float) -> Waiting | None:
-    """Of those who wait for other instances, the one who gains most by coming here."""
+def _relief(desk: Desk, instance: Instance, now: float, but: Container[str]) -> Waiting | None:
+    """Of those who wait for other instances, the one who gains most by coming here; of none of the tenants `but`."""
     endpoint, rates = instance.endpoint, instance.rates
     names = {endpoint.model, *endpoint.aliases}
     best: Waiting | None = None
@@ -211,6 +231,8 @@ def _relief(desk: Desk, instance: Instance, now: float) -> Waiting | None:
         for waiting in other.line.last(RELIEF):
             facts = waiting.facts
             if facts.model not in names or facts.kind != endpoint.kind or instance.id in facts.excluded:
+                continue
+            if facts.tenant in but:
                 continue
             prompt, _ = tokens(facts, desk.estimate(facts))
             cached = cached_tokens(waiting.held.get(instance.id, 0.0), prompt)
@@ -225,7 +247,7 @@ def _enqueue(
 ) -> Wait | Refuse:
     record = choice.record
     size = record.prompt_tokens + record.output_tokens
-    bound = desk.queue.full((facts.kind, facts.model), size)
+    bound = desk.queue.full((facts.kind, facts.model), size, facts.tenant)
     if bound:
         message = f"no room for {facts.model}: {bound}"
         return Refuse(Reason.QUEUE_FULL, message, record, retry_after(desk, facts, Reason.QUEUE_FULL))

@@ -36,7 +36,9 @@ class Door:
             return None
         lease = job.lease
         self._look(now)
-        number, queued_s = self._arbiter.arrive(str(job.gateway), now, lease.work_us, lease.kv_tokens, lease.grant)
+        number, queued_s = self._arbiter.arrive(
+            str(job.gateway), now, lease.work_us, lease.kv_tokens, lease.grant, job.request.tenant
+        )
         if not number:
             return Reason.INSTANCE_FULL, queued_s
         job.number = number
@@ -79,6 +81,7 @@ class Door:
             foreign_work_us=others.work_us,
             foreign_line_ms=others.line_ms,
             foreign_waiting=others.waiting,
+            tenants_beyond=others.beyond,
         )
 
     def _look(self, now: float) -> None:

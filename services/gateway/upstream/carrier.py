@@ -217,4 +217,7 @@ def _want_frame(want: Want) -> wk.Want:
         spare_tokens=want.spare_tokens,
         line_ms=[min(max(0, ms), 2**32 - 1) for ms in want.line_ms],
         waiting=want.waiting,
+        late=want.late,
+        tenant=want.tenant,
+        service_us=max(0, want.service_us),
     )

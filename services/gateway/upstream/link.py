@@ -155,4 +155,5 @@ def load_report(load: wk.Load) -> LoadReport:
         foreign_work_us=known("foreign_work_us"),
         foreign_line_ms=tuple(load.foreign_line_ms),
         foreign_waiting=load.foreign_waiting,
+        tenants_beyond=frozenset(load.tenants_beyond),
     )
