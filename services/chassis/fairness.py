@@ -128,9 +128,10 @@ class Holdings:
     def beyond(self, whole: Size, now: float) -> Set[str]:
         """Tenants that hold more than the mean of all who were seen lately, by the resource of which each holds
         the larger share (dominant resource fairness: Ghodsi et al., NSDI 2011). They go after the others."""
+        if len(self._held) > 1:
+            self._roll(now)  # which may leave one, or none
         if len(self._held) < 2:
             return NOBODY
-        self._roll(now)
         if self._beyond is not None:
             return self._beyond
         shares = {

@@ -55,6 +55,8 @@ def test_room_that_another_tenant_used_lately_is_kept_for_it_and_forgotten_in_ti
     held.take("greedy", ONE, later)
     held.take("greedy", ONE, later + MEMORY_S)
     assert held.beyond(WHOLE, later + MEMORY_S) == frozenset(), "calm has not been seen for long"
+    held.see("waits")
+    assert held.beyond(WHOLE, later + 9 * MEMORY_S) == frozenset(), "who waited and left is forgotten"
     for _ in range(16):
         held.give("greedy", ONE)
     assert held.used() == 0
