@@ -70,7 +70,7 @@ class KindView:
 class Pace:
     """At most `burst` queries at once and `rate` a second from then on: a flapping service makes no storm. Pure."""
 
-    def __init__(self, *, rate: float = 4.0, burst: float = 4.0) -> None:
+    def __init__(self, *, rate: float = 3.0, burst: float = 4.0) -> None:
         self._rate = rate
         self._burst = burst
         self._tokens = burst

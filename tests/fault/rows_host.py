@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from infermesh.client import AsyncClient
 from tests.fault.fleet import fleet
 from tests.fault.load import MODEL, Told, ask, quantile, streams
 from tests.fault.matrix import Ground, Measured, Row, Skipped
@@ -51,10 +52,21 @@ async def clock_jumps(ground: Ground) -> Measured:
                     states = await mesh.states(client)
                     shifts += any(states.get(id) != "healthy" for id in ("a", "b"))
                     await asyncio.sleep(0.1)
-                answer = await client.chat("hello", model=MODEL, max_tokens=1)
-                created.append(round((answer.created - time.time()) / 60))
-        text = f"+1 h, -1 h, back: {shifts:g} times one was out of work; answers date themselves {created} min; {load}"
-        return Measured(not shifts and not load.failures and any(created), text)
+                created.append(await _dated(client, "b"))
+        jumped = created == [60, -60, 0]
+        text = (
+            f"+1 h, -1 h, back: {shifts:g} times one was out of work; b's answers date themselves {created} min; {load}"
+        )
+        return Measured(not shifts and not load.failures and jumped, text)
+
+
+async def _dated(client: AsyncClient, instance: str) -> int:
+    """By how many minutes that instance's answers say another time than ours: the proof that its clock did jump."""
+    async with asyncio.timeout(20):
+        while True:
+            answer = await client.chat("hello", model=MODEL, max_tokens=1)
+            if answer.served.instance_id == instance:
+                return round((answer.created - time.time()) / 60)
 
 
 async def no_descriptors(ground: Ground) -> Measured:
