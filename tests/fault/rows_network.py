@@ -132,8 +132,8 @@ async def thin(ground: Ground) -> Measured:
 
 
 async def corrupted(ground: Ground) -> Measured:
-    """TCP's checksum was right: the proxy wrote a new one. Without TLS nobody can tell a changed letter from a right one,
-    nor a changed request from a wrong one; what is promised is that nothing else breaks."""
+    """TCP's checksum was right: the proxy wrote a new one. Without TLS nobody can tell a changed letter from a right
+    one, nor a changed request from a wrong one; what is promised is that nothing else breaks."""
     async with proxied_fleet(ground, "--step-ms", "10") as (mesh, proxy):
         async with streams(mesh.client, 12, tokens=40) as load:
             await asyncio.sleep(2)

@@ -12,7 +12,7 @@ from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.decision import Decision, Dispatch, Effect, Lease, Refuse, Wait
 from services.gateway.routing.degrade import DWELL_S, Switch
-from services.gateway.routing.facts import End, Facts, Member, Outcome
+from services.gateway.routing.facts import End, Facts, Likeness, Member, Outcome
 from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
 
@@ -114,6 +114,29 @@ def test_tenants_share_by_work_not_by_requests() -> None:
         who[d.ticket] = "few"
     order = [who[ticket] for ticket, _ in drain(r, [head], NOW) if ticket]
     assert order[:12].count("few") == 5, order
+
+
+def test_between_tenants_neither_age_nor_an_own_priority_counts_but_a_reader_does() -> None:
+    r = router(endpoint("a"))
+    head = r.pick(facts(400, tenant="many"), NOW)
+    who = {}
+    for tenant, more in (
+        ("many", {"priority": 100, "since": NOW - 5}),
+        ("many", {"alike": Likeness("m", "", "", ""), "priority": 101}),
+        ("few", {}),
+    ):
+        d = r.pick(facts(100, tenant=tenant, **{"since": NOW, **more}), NOW)
+        assert isinstance(d, Wait)
+        who[d.ticket] = (tenant, *more)
+    order = [who[ticket] for ticket, _ in drain(r, [head], NOW) if ticket]
+    assert order == [("many", "alike", "priority"), ("few",), ("many", "priority", "since")]
+
+
+def test_a_queue_that_one_tenant_has_filled_takes_the_share_of_another() -> None:
+    r = router(endpoint("a"), bounds=Bounds(max_requests=4))
+    r.pick(facts(4000, tenant="many"), NOW)
+    kinds = [type(r.pick(facts(4000, tenant=tenant), NOW)) for tenant in ("many",) * 5 + ("few",) * 3]
+    assert kinds == [Wait] * 4 + [Refuse] + [Wait] * 2 + [Refuse], "twice the bound at most"
 
 
 def test_a_split_holds_to_the_percent_while_requests_wait() -> None:

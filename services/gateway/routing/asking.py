@@ -16,7 +16,7 @@ from services.gateway.routing.serving import TRIES, again
 
 REPEAT_S = 1.0  # an ask is said again while it lasts: an instance may have lost it with a grant that went astray
 SUMMARY_S = 0.02  # how late others may learn how long the line behind the first one is
-OVERDUE_RANKS = 3  # an overdue request whose turn it is goes before every class
+FIRST_RANKS = 3  # before every class: who goes on with an answer, and an overdue request whose turn it is
 _HEAD = 9  # fields of a Want that say who is asked for
 
 
@@ -61,8 +61,8 @@ def want_of(desk: Desk, instance: Instance, now: float) -> Want:
     if capacity and instance.endpoint.tier == "long-context" and not waiting.long:
         spare = instance.reserve.kv_tokens(now, capacity)
     rank, priority, _, _ = waiting.key
-    if waiting.overdue and turn % TURN == 0:
-        rank -= OVERDUE_RANKS
+    if facts.alike is not None or (waiting.overdue and turn % TURN == 0):
+        rank -= FIRST_RANKS
     ledger = instance.ledger
     decode = output * instance.rates.step(ledger.resident_tokens() + prompt)
     service = waiting.work + decode / (ledger.own_slots + ledger.foreign_running + 1)

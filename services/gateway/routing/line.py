@@ -60,7 +60,8 @@ class Waiting:
         """Where it stands among other tenants' requests. `ahead`: seconds that its tenant was given beyond the least;
         `beyond`: it has more of the instance than others."""
         score = self.work - HASTE * self.saved + FAIRNESS * ahead + (LATE_S if self.late else 0.0)
-        return _CLASS_RANK.get(self.facts.klass, 1), beyond, score, self.ticket
+        rank = -1 if self.facts.alike is not None else _CLASS_RANK.get(self.facts.klass, 1)  # somebody is reading along
+        return rank, beyond, score, self.ticket
 
     def yields_after(self) -> tuple[int, int, int]:
         """Who goes to a fallback first: the least looked at, then the least of the core, then the newest."""
