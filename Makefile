@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check gguf protos bench traced routing seams peers vllms compat faults constraints clean soak
+.PHONY: help up test setup check gguf protos bench traced routing seams peers vllms compat faults images compose constraints clean soak
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -86,6 +86,14 @@ gguf: ## a GGUF model over two RPC workers of a real llama.cpp, which is built f
 soak: ## random faults, one every 10 to 20 s, for MINUTES=10; memory, descriptors and every answer are judged
 	@$(SETUP) main
 	@exec $(BIN)/python -m tests.fault.soak --minutes $(MINUTES) $(ARGS)
+
+images: ## build the container images with pip's settings here (ARGS="gateway --base debian" without Docker Hub)
+	@case "$(ARGS)" in *debian*) sh deploy/setup/programs debootstrap:debootstrap >&2;; esac
+	@exec $(PY) deploy/setup/images.py $(ARGS)
+
+compose: ## the rendered Compose project for real: images, up, an LLM killed under load, down (ARGS="--write --keep")
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.container $(ARGS)
 
 constraints: ## resolve constraints/*.txt again, around constraints/pins.txt
 	@$(PY) deploy/setup/lock.py

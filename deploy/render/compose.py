@@ -34,7 +34,7 @@ from deploy.render.container import (
 )
 from deploy.render.observability import observability
 
-CONSUL = "hashicorp/consul:1.21"
+CONSUL = "${CONSUL_IMAGE:-hashicorp/consul:1.21}"  # a mirror's name may be put in when it is started
 HOST_PORT = 50061  # of the first instance, where other hosts dial it
 SHM_PER_GPU_GIB = 4  # NCCL and vLLM's workers talk through shared memory inside a host
 

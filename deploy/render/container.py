@@ -98,7 +98,7 @@ def instance_container(fleet: Fleet, instance: Instance, site: Site, *, id: str 
     return Container(
         name=slug(instance.id),
         kind=fleet.model(instance.model).kind,
-        image=instance.image or _image(fleet, instance, site),
+        image=instance.image or _image(fleet, instance, site, gpus),
         arguments=tuple(arguments),
         environment=made.env,
         files={str(path): text for path, text in made.files.items()},
@@ -194,10 +194,13 @@ def _shared(fleet: Fleet, site: Site) -> Shared:
     return replace(shared, keys=secret(keys), operator_key_file=secret(operator))
 
 
-def _image(fleet: Fleet, instance: Instance, site: Site) -> str:
-    """Adopted servers and the scripted engine need no torch: the gateway's image has them."""
+def _image(fleet: Fleet, instance: Instance, site: Site, gpus: int) -> str:
+    """Adopted servers and the scripted engine need no torch: the gateway's image has them. vLLM for CPUs is another
+    program than vLLM for GPUs."""
+    engine = fleet.engine_of(instance)
     kinds = {"vllm": "llm", "sentence-transformers": "encoder"}
-    return f"infermesh-{kinds.get(fleet.engine_of(instance), 'gateway')}:{site.version}"
+    cpu = "-cpu" if engine == "vllm" and not gpus else ""
+    return f"infermesh-{kinds.get(engine, 'gateway')}:{site.version}{cpu}"
 
 
 def _host(gpus: int) -> Host:

@@ -10,9 +10,9 @@ import yaml
 PROFILE = "obs"
 METRICS_KEY = "metrics.key"  # an API key for Prometheus, where the mesh has keys
 IMAGES = {
-    "otel-collector": "otel/opentelemetry-collector-contrib:0.138.0",
-    "prometheus": "prom/prometheus:v3.7.3",
-    "grafana": "grafana/grafana:12.2.1",
+    "otel-collector": "${COLLECTOR_IMAGE:-otel/opentelemetry-collector-contrib:0.138.0}",
+    "prometheus": "${PROMETHEUS_IMAGE:-prom/prometheus:v3.7.3}",
+    "grafana": "${GRAFANA_IMAGE:-grafana/grafana:12.2.1}",
 }
 
 
@@ -27,7 +27,12 @@ def observability(shipped: Mapping[str, str], *, keys: bool) -> tuple[dict[str, 
         files["prometheus/prometheus.yaml"] = yaml.safe_dump(scrape, sort_keys=False)
     collector = _service("otel-collector", ["./otel/collector.yaml:/etc/otelcol-contrib/config.yaml:ro"])
     prometheus = _service(
-        "prometheus", ["./prometheus/prometheus.yaml:/etc/prometheus/prometheus.yml:ro", "prometheus:/prometheus"]
+        "prometheus",
+        [
+            "./prometheus/prometheus.yaml:/etc/prometheus/prometheus.yml:ro",
+            "./prometheus/alerts.yaml:/etc/prometheus/alerts.yaml:ro",
+            "prometheus:/prometheus",
+        ],
     )
     prometheus["ports"] = ["127.0.0.1:9090:9090"]
     if keys:

@@ -7,6 +7,7 @@ from pathlib import Path
 NAMES = (
     "otel/collector.yaml",
     "prometheus/prometheus.yaml",
+    "prometheus/alerts.yaml",
     "grafana/datasource.yaml",
     "grafana/provider.yaml",
     "grafana/dashboard.json",

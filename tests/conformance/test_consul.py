@@ -22,7 +22,8 @@ from registry.address import open_registry
 from registry.consul import ConsulRegistry, ConsulSettings, Tls
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
-from tests.kit.consul import ConsulServer, NoConsul, consul_binary
+from tests.kit.consul import ConsulServer, consul_binary
+from tests.kit.debian import NoProgram
 from tests.kit.fake_consul import FakeConsul, Handler
 from tests.kit.registered_instance import health_server
 from tests.kit.registries import Watching, ids
@@ -36,7 +37,7 @@ def endpoint(id: str, port: int = 1) -> Endpoint:
 def real(**options: Any) -> Iterator[ConsulServer]:
     try:
         consul_binary()
-    except NoConsul as error:
+    except NoProgram as error:
         if os.environ.get("CI"):
             raise  # what the README promises is proven there, or not at all
         pytest.skip(str(error))
@@ -354,7 +355,7 @@ async def test_tls_with_client_certificates(tmp_path: Path) -> None:
 
 
 def _make_certificates(folder: Path) -> None:
-    with contextlib.suppress(NoConsul):
+    with contextlib.suppress(NoProgram):
         for words in (["ca", "create"], ["cert", "create", "-server"], ["cert", "create", "-client"]):
             subprocess.run([consul_binary(), "tls", *words], cwd=folder, check=True, capture_output=True)
 

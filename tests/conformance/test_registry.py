@@ -15,7 +15,7 @@ import pytest
 from registry.address import open_registry
 from registry.endpoint import CONTRACT, Capacity, Endpoint, Hardware, Speed
 from registry.port import Registry, RegistryError
-from tests.kit.consul import NoConsul
+from tests.kit.debian import NoProgram
 from tests.kit.registered_instance import health_server
 from tests.kit.registries import Backend, ConsulBackend, EmbeddedBackend, Watching, ids, instance
 
@@ -27,7 +27,7 @@ async def backend(request: pytest.FixtureRequest) -> AsyncIterator[Backend]:
     made: Any
     try:
         made = await asyncio.to_thread(ConsulBackend) if request.param == "consul" else EmbeddedBackend()
-    except NoConsul as error:
+    except NoProgram as error:
         if os.environ.get("CI"):
             raise  # what the README promises is proven there, or not at all
         pytest.skip(str(error))

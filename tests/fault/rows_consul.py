@@ -13,7 +13,8 @@ import aiohttp
 from tests.fault.fleet import Fleet, fleet
 from tests.fault.load import Load, streams
 from tests.fault.matrix import Ground, Measured, Row, Skipped
-from tests.kit.consul import ConsulServer, NoConsul
+from tests.kit.consul import ConsulServer
+from tests.kit.debian import NoProgram
 
 JOIN_S = 5.0
 TWO = ("a", "b")
@@ -23,7 +24,7 @@ TWO = ("a", "b")
 async def servers(count: int = 1) -> AsyncIterator[ConsulServer]:
     try:
         consul = ConsulServer(servers=count)
-    except NoConsul as why:
+    except NoProgram as why:
         raise Skipped(str(why)) from None
     try:
         await asyncio.to_thread(consul.start)

@@ -11,7 +11,8 @@ from tests.fault.fleet import fleet
 from tests.fault.load import listed, streams
 from tests.fault.matrix import Ground, Measured, Row, Skipped
 from tests.fault.rest import chat, post, session
-from tests.kit.consul import ConsulServer, NoConsul
+from tests.kit.consul import ConsulServer
+from tests.kit.debian import NoProgram
 
 THREE = ("a", "b", "c")
 
@@ -20,7 +21,7 @@ async def rolling_restart(ground: Ground) -> Measured:
     """Every instance and both gateways, one after the other, on a real Consul, under load of the Python client."""
     try:
         consul = ConsulServer()
-    except NoConsul as why:
+    except NoProgram as why:
         raise Skipped(str(why)) from None
     with consul:
         async with fleet(ground.folder, *THREE, gateways=2, registry=consul.url) as mesh:

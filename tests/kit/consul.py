@@ -7,7 +7,6 @@ with ConsulServer() as consul:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import shutil
 import signal
@@ -21,85 +20,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from tests.kit.debian import unpacked
+
 ROOT = Path(__file__).resolve().parents[2]
-TOOLS = ROOT / ".infermesh" / "tools" / "consul"
-SUITE = "bullseye"
-KEYRING = "/usr/share/keyrings/debian-archive-keyring.gpg"
-
-
-class NoConsul(Exception):
-    """There is none here and none can be fetched; the message says why."""
 
 
 def consul_binary() -> str:
     """Path of a Consul, fetched once into the checkout.
 
     Raises:
-        NoConsul: not on PATH, and this machine's package mirror has none.
+        NoProgram: not on PATH, and this machine's package archive has none.
     """
-    if found := shutil.which("consul"):
-        return found
-    binary = TOOLS / "usr" / "bin" / "consul"
-    if not binary.exists():
-        TOOLS.parent.mkdir(parents=True, exist_ok=True)
-        with (TOOLS.parent / "consul.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may want it at the same time
-            if not binary.exists():
-                _fetch()
-    return str(binary)
-
-
-def _fetch() -> None:
-    """`apt-get download` from the machine's own mirror with the suite replaced; private lists, so that it needs no root
-    and leaves the system's apt as it is."""
-    if not (shutil.which("apt-get") and shutil.which("dpkg")):
-        raise NoConsul("no consul on PATH, and no apt-get to fetch one; install Consul 1.8 or later")
-    with tempfile.TemporaryDirectory(prefix="infermesh-consul-") as temporary:
-        work = Path(temporary)
-        for folder in ("lists/partial", "cache/archives/partial", "state"):
-            (work / folder).mkdir(parents=True)
-        signed = f"[signed-by={KEYRING}] " if Path(KEYRING).exists() else ""
-        (work / "sources.list").write_text(f"deb {signed}{_mirror()} {SUITE} main\n")
-        options = {
-            "Dir::Etc::SourceList": work / "sources.list",
-            "Dir::Etc::SourceParts": "/dev/null",
-            "Dir::State": work / "state",
-            "Dir::State::Lists": work / "lists",
-            "Dir::State::status": "/var/lib/dpkg/status",
-            "Dir::Cache": work / "cache",
-            "Acquire::Languages": "none",
-            "Acquire::Check-Valid-Until": "false",  # an archived suite's Release file has expired
-            "Acquire::AllowReleaseInfoChange": "true",
-            "APT::Sandbox::User": "",
-            "APT::Update::Post-Invoke-Success::": "",
-        }
-        apt = ["apt-get", "-q", *(word for key, value in options.items() for word in ("-o", f"{key}={value}"))]
-        for words in (["update"], ["download", "consul"]):
-            _run([*apt, *words], work)
-        unpacked = work / "unpacked"
-        _run(["dpkg", "-x", str(next(work.glob("consul_*.deb"))), str(unpacked)], work)
-        partial = TOOLS.with_name("consul.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "usr" / "bin").mkdir(parents=True)
-        shutil.copy2(unpacked / "usr" / "bin" / "consul", partial / "usr" / "bin" / "consul")
-        shutil.rmtree(TOOLS, ignore_errors=True)
-        partial.rename(TOOLS)
-
-
-def _mirror() -> str:
-    """The archive that this machine's own apt uses for its first suite."""
-    told = _run(["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"], Path("/"))
-    for line in told.splitlines():
-        if "security" not in line:
-            return line.strip()
-    raise NoConsul("this machine's apt has no package lists (apt-get update?); or put a consul on PATH")
-
-
-def _run(words: list[str], cwd: Path) -> str:
-    done = subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=300, check=False)
-    if done.returncode:
-        raise NoConsul(f"{words[0]} {words[-1]} failed: {(done.stderr or done.stdout)[-500:]}")
-    return done.stdout
+    return shutil.which("consul") or str(unpacked("consul", ["consul"], suite="bullseye") / "usr" / "bin" / "consul")
 
 
 class ConsulServer:

@@ -22,6 +22,7 @@ from infermesh.client import AsyncClient, MeshError, Reason
 
 TIMEOUT_S = 15.0  # a request that takes longer hangs
 PAUSE_S = 0.05
+PROMPT = "hello there"
 TEXTS = ["the cat sat on the mat", "stocks fell on Monday"]
 
 
@@ -65,18 +66,43 @@ class Load:
         return f"{sum(kinds.values())} whole answers ({served}), {failed}, slowest {slowest:.2f} s"
 
 
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    chat: str
+    encoder: str
+    reranker: str
+    tokens: int
+    answer: str
+
+
 @asynccontextmanager
 async def traffic(
-    grpc: str, http: str, *, chat: str, encoder: str, tokens: int = 8, chats: int = 1
+    grpc: str,
+    http: str,
+    *,
+    chat: str,
+    encoder: str,
+    reranker: str = "",
+    tokens: int = 8,
+    answer: str = "",
+    chats: int = 1,
+    key: str = "",
 ) -> AsyncIterator[Load]:
-    """Every kind over both doors, `chats` callers each for chats and one for the rest, until the end of the block."""
+    """Every kind over both doors, `chats` callers each for chats and one for the rest, until the end of the block.
+
+    `reranker`: as `encoder` unless told. `answer`: the whole text that every chat must give, greedily; the scripted
+    engine's unless told, which says what it counts, so that a lost or doubled token shows.
+    """
+    answer = answer or "".join(f" w{number}" for number in range(tokens))
+    asked = _Asked(chat, encoder, reranker or encoder, tokens, answer)
     load, over = Load(), asyncio.Event()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     connector = aiohttp.TCPConnector(limit=0)
     async with (
-        AsyncClient(grpc, timeout=TIMEOUT_S) as client,
-        aiohttp.ClientSession(f"http://{http}", connector=connector, trust_env=False) as session,
+        AsyncClient(grpc, api_key=key, timeout=TIMEOUT_S) as client,
+        aiohttp.ClientSession(f"http://{http}", connector=connector, headers=headers, trust_env=False) as session,
     ):
-        chatting, rest = _grpc(client, chat, encoder, tokens), _rest(session, chat, encoder, tokens)
+        chatting, rest = _grpc(client, asked), _rest(session, asked)
         calls = {
             **{f"grpc {name}": call for name, call in chatting.items()},
             **{f"rest {name}": call for name, call in rest.items()},
@@ -106,31 +132,29 @@ async def _caller(kind: str, call: Callable[[], Awaitable[None]], load: Load, ov
         await asyncio.sleep(PAUSE_S)
 
 
-def _grpc(client: AsyncClient, chat: str, encoder: str, tokens: int) -> dict[str, Callable[[], Awaitable[None]]]:
+def _grpc(client: AsyncClient, asked: _Asked) -> dict[str, Callable[[], Awaitable[None]]]:
     async def stream() -> None:
         text, begun = "", False
         try:
-            async for chunk in client.chat_stream("hello there", model=chat, max_tokens=tokens):
+            async for chunk in client.chat_stream(PROMPT, model=asked.chat, max_tokens=asked.tokens, temperature=0):
                 begun = True
                 text += chunk.text
         except MeshError as error:
             raise Failed(f"{error.reason.value}: {error}", begun=begun) from None
-        _whole(text, tokens)
+        _whole(text, asked)
 
     async def embed() -> None:
-        if len(await client.embed(TEXTS, model=encoder)) != 2:
+        if len(await client.embed(TEXTS, model=asked.encoder)) != 2:
             raise Failed("not two vectors")
 
     async def rerank() -> None:
-        if len(await client.rerank("a pet", TEXTS, model=encoder)) != 2:
+        if len(await client.rerank("a pet", TEXTS, model=asked.reranker)) != 2:
             raise Failed("not two hits")
 
     return {"chat stream": stream, "embed": embed, "rerank": rerank}
 
 
-def _rest(
-    session: aiohttp.ClientSession, chat: str, encoder: str, tokens: int
-) -> dict[str, Callable[[], Awaitable[None]]]:
+def _rest(session: aiohttp.ClientSession, asked: _Asked) -> dict[str, Callable[[], Awaitable[None]]]:
     async def post(path: str, **body: Any) -> Any:
         async with session.post(path, json=body, timeout=aiohttp.ClientTimeout(TIMEOUT_S)) as reply:
             told = json.loads(await reply.read())
@@ -138,11 +162,12 @@ def _rest(
                 raise Failed(f"{told['error']['code']}: HTTP {reply.status} {told['error']['message']}")
             return told
 
-    body = {"model": chat, "messages": [{"role": "user", "content": "hello there"}], "max_tokens": tokens}
+    body = {"model": asked.chat, "messages": [{"role": "user", "content": PROMPT}]}
+    body |= {"max_tokens": asked.tokens, "temperature": 0}
 
     async def plain() -> None:
         told = await post("/v1/chat/completions", **body)
-        _whole(told["choices"][0]["message"]["content"], tokens)
+        _whole(told["choices"][0]["message"]["content"], asked)
 
     async def stream() -> None:
         text, ended = "", False
@@ -162,21 +187,19 @@ def _rest(
                 text += "".join(choice["delta"].get("content") or "" for choice in event["choices"])
         if not ended:
             raise Failed("no [DONE]", begun=True)
-        _whole(text, tokens)
+        _whole(text, asked)
 
     async def embed() -> None:
-        if len((await post("/v1/embeddings", model=encoder, input=TEXTS))["data"]) != 2:
+        if len((await post("/v1/embeddings", model=asked.encoder, input=TEXTS))["data"]) != 2:
             raise Failed("not two vectors")
 
     async def rerank() -> None:
-        if len((await post("/v1/rerank", model=encoder, query="a pet", documents=TEXTS))["results"]) != 2:
+        if len((await post("/v1/rerank", model=asked.reranker, query="a pet", documents=TEXTS))["results"]) != 2:
             raise Failed("not two hits")
 
     return {"chat stream": stream, "chat plain": plain, "embed": embed, "rerank": rerank}
 
 
-def _whole(text: str, tokens: int) -> None:
-    """The scripted engine says what it counts, so that a lost or doubled token shows."""
-    wanted = "".join(f" w{number}" for number in range(tokens))
-    if text != wanted:
-        raise Failed(f"{text!r} is not {wanted!r}")
+def _whole(text: str, asked: _Asked) -> None:
+    if text != asked.answer:
+        raise Failed(f"{text!r} is not {asked.answer!r}")
