@@ -77,8 +77,10 @@ def command(
     numbers = _numbers("--load" if load else "--rate", load or rate or "1")
     requests = _trace(trace, generate, seed, limit)
     measured = _measured(requests)
-    if autoscale is not None and (names != ["infermesh"] or len(numbers) > 1 or load or not autoscale >= 0):
-        raise Failure("--autoscale takes seconds, one --rate and the policy infermesh", BAD_USAGE)
+    if autoscale is not None and (names != ["infermesh"] or len(numbers) > 1 or load or plot or jobs > 1):
+        raise Failure(
+            "--autoscale goes with one --rate and the policy infermesh; not with --load, --plot, --jobs", BAD_USAGE
+        )
     runs: list[dict[str, Any]] = []
     for file in filter(None, fleet.split(",")):
         site = _site(Path(file), calibration)
