@@ -36,7 +36,8 @@ ROOMS: dict[str, tuple[str, ...]] = {
     f"{GATEWAY}.entrance": SERVICE,
     f"{GATEWAY}.report": (*SERVICE, f"{GATEWAY}.routing"),
     f"{GATEWAY}.metrics": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("loop", "report", "routing"))),
-    f"{GATEWAY}.tracing": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("entrance", "report", "routing"))),
+    f"{GATEWAY}.tracing": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("entrance", "noted", "report", "routing"))),
+    f"{GATEWAY}.noted": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("entrance", "report", "routing", "tracing"))),
     f"{GATEWAY}.observe": (*SERVICE, *(f"{GATEWAY}.{room}" for room in ("entrance", "metrics", "report", "tracing"))),
     f"{GATEWAY}.config": (*SERVICE, f"{GATEWAY}.routing"),
     f"{GATEWAY}.front": (

@@ -88,7 +88,7 @@ class CallSpans(grpc.aio.ServerInterceptor):
         return traced
 
     def _begin(self, request: Any, context: Context, path: str, operation: str) -> _Call:
-        from opentelemetry.trace import SpanKind
+        from services.chassis.telemetry_spans import Span
 
         tracer = self._tracer
         assert tracer is not None
@@ -106,7 +106,7 @@ class CallSpans(grpc.aio.ServerInterceptor):
             names.REQUEST_MODEL: model,
         }
         title = f"{operation} {self._who[names.MODEL_ID]}"
-        span = tracer.begin(title, SpanKind.SERVER, place, attributes)
+        span = Span(tracer, title, place, attributes)
         BELOW.set(span.headers)
         return _Call(span, context)
 

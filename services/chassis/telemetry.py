@@ -28,10 +28,11 @@ from services.chassis import telemetry_names as names
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import ReadableSpan
 
-    from services.chassis.telemetry_spans import Tracer
+    from services.chassis.telemetry_spans import Notes, Tracer
 
 QUEUE = 4 << 20  # bytes of spans that wait; one of ours has about 1,000
 BATCH = 256 << 10  # bytes of one call; a collector takes 4 MiB
+PIECE = 16  # requests whose spans are made in one turn of the loop: about 0.5 ms, half of what each alone would take
 EVERY_S = 1.0
 SEND_S = 5.0
 CLOSE_S = 2.0
@@ -57,6 +58,7 @@ class Export:
         self._whose = whose
         self._queue: deque[bytes] = deque()
         self.held = 0  # bytes in the queue
+        self._notes: list[Notes] = []
         self._due = asyncio.Event()
         self._failing = False
         self.sent = self.dropped = 0
@@ -74,10 +76,26 @@ class Export:
         if self.held >= BATCH:
             self._due.set()
 
+    def note(self, notes: Notes) -> None:
+        """A request that is over, whose spans are still to be made."""
+        self._notes.append(notes)
+        if len(self._notes) == PIECE:
+            asyncio.get_running_loop().call_soon(self._write_out)
+
+    def _write_out(self) -> None:
+        pending, self._notes = self._notes, []
+        for notes in pending:
+            if self.held >= QUEUE:
+                self._drop(notes.spans)
+                continue
+            for span in notes.made():
+                self.take(span)
+
     async def close(self) -> None:
         """Sends what is left, if the collector takes it within `CLOSE_S`."""
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        self._write_out()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 while self._queue:
@@ -93,6 +111,7 @@ class Export:
                 async with asyncio.timeout(EVERY_S):
                     await self._due.wait()
             self._due.clear()
+            self._write_out()
             while self._queue:
                 await self._send(SEND_S)
 

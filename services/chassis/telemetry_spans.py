@@ -1,7 +1,7 @@
-"""Spans as a request makes them: a dict and two times while it runs, the SDK's ReadableSpan once it is over.
+"""Spans made once they are over, as the SDK's ReadableSpan.
 
 The SDK's recording spans take a lock and check each value at every attribute, and are made also where nobody keeps
-them. Here a trace that is not kept costs its id; the SDK's sampler, ids, resource and finished span stay what they are
+them. Here a trace that is not kept costs its id; the SDK's sampling, ids, resource and finished span stay what they are
 (docs/decisions/0037-lean-spans.md). Trace contexts are W3C Trace Context, level 1.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import Event, ReadableSpan
@@ -28,21 +27,39 @@ _SAMPLED = TraceFlags(TraceFlags.SAMPLED)
 _UNSET = Status(StatusCode.UNSET)
 
 
-@dataclass(slots=True)
-class Place:
-    """Where a request stands: in its caller's trace, or at the beginning of one. `kept`: it is to have spans."""
+class Notes(Protocol):
+    """What is known of a request that is over; its spans are made when there is a moment."""
 
-    trace_id: int
-    parent: SpanContext | None
-    kept: bool
-    state: str  # the caller's tracestate, as it came
-    span_id: int  # of whoever stands above, if it is not kept
+    @property
+    def spans(self) -> int:
+        """How many it will have."""
+        ...
+
+    def made(self) -> Iterable[ReadableSpan]: ...
+
+
+class Place:
+    """Where a request stands: in its caller's trace, or at the beginning of one. `kept`: it is to have spans. `trace`
+    and `above`, of whoever stands above, are hexadecimal; `state` is the caller's tracestate, as it came."""
+
+    __slots__ = ("above", "kept", "remote", "state", "trace")
+
+    def __init__(self, trace: str, above: str, *, kept: bool, remote: bool, state: str = "") -> None:
+        self.trace = trace
+        self.above = above
+        self.kept = kept
+        self.remote = remote
+        self.state = state
 
     @property
     def headers(self) -> dict[str, str]:
         """The trace context for whoever works below, where no span of ours stands between."""
-        flags = "01" if self.kept else "00"
-        return _headers(f"00-{self.trace_id:032x}-{self.span_id:016x}-{flags}", self.state)
+        return self.below(self.above)
+
+    def below(self, span: str) -> dict[str, str]:
+        """The same below a span of ours."""
+        parent = f"00-{self.trace}-{span}-{'01' if self.kept else '00'}"
+        return {"traceparent": parent, "tracestate": self.state} if self.state else {"traceparent": parent}
 
 
 class Tracer:
@@ -52,96 +69,87 @@ class Tracer:
         self, sink: Callable[[ReadableSpan], None], resource: Resource, scope: InstrumentationScope, ratio: float
     ) -> None:
         self.sink = sink
-        self.resource = resource
-        self.scope = scope
-        self.ids = RandomIdGenerator()
-        self._sampler = TraceIdRatioBased(ratio)
+        self._resource = resource
+        self._scope = scope
+        self._ids = RandomIdGenerator()
+        self._bound = TraceIdRatioBased(ratio).bound
 
     def place(self, headers: Mapping[str, str]) -> Place:
         """By the headers of a request, whatever is in them."""
-        found = _PARENT.fullmatch(headers.get("traceparent", ""))
+        parent = headers.get("traceparent")
+        found = _PARENT.fullmatch(parent) if parent else None
         if found is None:
-            trace_id = self.ids.generate_trace_id()
-            kept = self._sampler.should_sample(None, trace_id, "").decision.is_sampled()
-            return Place(trace_id, None, kept, "", self.ids.generate_span_id())
-        trace_id, span_id, kept = int(found[1], 16), int(found[2], 16), bool(int(found[3], 16) & TraceFlags.SAMPLED)
-        parent = SpanContext(trace_id, span_id, True, _SAMPLED) if kept else None
-        return Place(trace_id, parent, kept, headers.get("tracestate", ""), span_id)
+            id = self._ids.generate_trace_id()
+            kept = id & TraceIdRatioBased.TRACE_ID_LIMIT < self._bound
+            return Place(f"{id:032x}", "" if kept else self.new_id(), kept=kept, remote=False)
+        kept = bool(int(found[3], 16) & TraceFlags.SAMPLED)
+        return Place(found[1], found[2], kept=kept, remote=True, state=headers.get("tracestate", ""))
 
-    def begin(self, name: str, kind: SpanKind, place: Place, attributes: dict[str, Any]) -> Span:
-        """The first span of this process in a trace that is kept. The attributes belong to it from then on."""
+    def new_id(self) -> str:
+        """Of a span."""
+        return f"{self._ids.generate_span_id():016x}"
+
+    def made(
+        self,
+        name: str,
+        kind: SpanKind,
+        place: Place,
+        id: str,
+        times: tuple[int, int],
+        attributes: dict[str, Any],
+        *,
+        error: str = "",
+        above: str = "",
+        events: Sequence[Event] = (),
+    ) -> ReadableSpan:
+        """A span that is over. `times`: unix times in ns of its beginning and its end. `error`: the word of a Reason.
+        `above`: the span of this process that it is below; else it is the first one here."""
+        trace = int(place.trace, 16)
         state = TraceState.from_header([place.state]) if place.state else None
-        context = SpanContext(place.trace_id, self.ids.generate_span_id(), False, _SAMPLED, state)
-        return Span(self, name, kind, context, place.parent, attributes, place.state)
+        parent = None
+        if above or place.remote:
+            parent = SpanContext(trace, int(above or place.above, 16), not above, _SAMPLED)
+        status = _UNSET
+        if error:
+            attributes[names.ERROR_TYPE] = error
+            status = Status(StatusCode.ERROR, error)
+        return ReadableSpan(
+            name=name,
+            context=SpanContext(trace, int(id, 16), False, _SAMPLED, state),
+            parent=parent,
+            resource=self._resource,
+            attributes=attributes,
+            events=events,
+            kind=kind,
+            status=status,
+            start_time=times[0],
+            end_time=times[1],
+            instrumentation_scope=self._scope,
+        )
 
 
 class Span:
-    """A span under way. `attributes` may be added to until its end."""
+    """The first span of this process in a trace that is kept, under way. `attributes` may be added to until its end."""
 
-    __slots__ = ("_context", "_events", "_kind", "_name", "_parent", "_state", "_tracer", "attributes", "begun_ns")
+    __slots__ = ("_id", "_name", "_place", "_tracer", "attributes", "begun_ns")
 
-    def __init__(
-        self,
-        tracer: Tracer,
-        name: str,
-        kind: SpanKind,
-        context: SpanContext,
-        parent: SpanContext | None,
-        attributes: dict[str, Any],
-        state: str,
-    ) -> None:
+    def __init__(self, tracer: Tracer, name: str, place: Place, attributes: dict[str, Any]) -> None:
         self._tracer = tracer
         self._name = name
-        self._kind = kind
-        self._context = context
-        self._parent = parent
-        self._state = state
-        self._events: list[Event] = []
+        self._place = place
+        self._id = tracer.new_id()
         self.attributes = attributes
         self.begun_ns = time.time_ns()
 
     @property
-    def trace_id(self) -> str:
-        return f"{self._context.trace_id:032x}"
-
-    @property
     def headers(self) -> dict[str, str]:
         """The trace context for whoever works below this span."""
-        context = self._context
-        return _headers(f"00-{context.trace_id:032x}-{context.span_id:016x}-01", self._state)
-
-    def child(self, name: str, kind: SpanKind, attributes: dict[str, Any]) -> Span:
-        above = self._context
-        span_id = self._tracer.ids.generate_span_id()
-        context = SpanContext(above.trace_id, span_id, False, _SAMPLED, above.trace_state)
-        return Span(self._tracer, name, kind, context, above, attributes, self._state)
-
-    def event(self, name: str, attributes: dict[str, Any]) -> None:
-        self._events.append(Event(name, attributes, time.time_ns()))
+        return self._place.below(self._id)
 
     def end(self, error: str = "") -> None:
         """Hands it over, once. `error`: the word of a Reason."""
-        status = _UNSET
-        if error:
-            self.attributes[names.ERROR_TYPE] = error
-            status = Status(StatusCode.ERROR, error)
-        tracer = self._tracer
-        tracer.sink(
-            ReadableSpan(
-                name=self._name,
-                context=self._context,
-                parent=self._parent,
-                resource=tracer.resource,
-                attributes=self.attributes,
-                events=self._events,
-                kind=self._kind,
-                status=status,
-                start_time=self.begun_ns,
-                end_time=time.time_ns(),
-                instrumentation_scope=tracer.scope,
-            )
+        times = (self.begun_ns, time.time_ns())
+        made = self._tracer.made(
+            self._name, SpanKind.SERVER, self._place, self._id, times, self.attributes, error=error
         )
-
-
-def _headers(parent: str, state: str) -> dict[str, str]:
-    return {"traceparent": parent, "tracestate": state} if state else {"traceparent": parent}
+        self._tracer.sink(made)
