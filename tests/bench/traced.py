@@ -3,8 +3,8 @@
     make traced [ARGS="--write"]           about six minutes; prints two tables, and puts them into docs/bench.md
 
 Gateways alike but for their spans stand before the same scripted instances; each round asks every one of them, briefly:
-what else the machine does is then the same for all. Shown are medians over the rounds, also of the ratio to the gateway
-of the first row in the same round.
+what else the machine does is then much the same for all. Shown are medians over the rounds, and of the ratios to the
+gateway of the first row in the same round also where the middle half of them lies.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ async def rounds(
 
 
 def ratio(of: list[float], to: list[float]) -> str:
-    return f"{statistics.median(one / other for one, other in zip(of, to, strict=True)):.2f}"
+    """The median of the rounds' ratios, and where the middle half of them lies."""
+    low, middle, high = statistics.quantiles((one / other for one, other in zip(of, to, strict=True)), n=4)
+    return f"{middle:.2f} ({low:.2f}–{high:.2f})" if of != to else "1"
 
 
 async def costs(gateways: Mapping[str, Child], count: int) -> list[str]:
@@ -93,7 +95,7 @@ async def costs(gateways: Mapping[str, Child], count: int) -> list[str]:
         "| request | traces kept | requests/s | of off | gateway CPU a request | of off |",
         "|---|---|---|---|---|---|",
     ]
-    for label, what, requests in (("chat of 1 token", TINY, 160), ("stream of 128 tokens", LONG, 16)):
+    for label, what, requests in (("chat of 1 token", TINY, 160), ("stream of 128 tokens", LONG, 32)):
         found = await rounds(gateways, what, CLIENTS, count, requests)
         first = found["off"]
         for name, asked in found.items():
@@ -108,18 +110,22 @@ async def outages(gateways: Mapping[str, Child], count: int) -> list[str]:
     """A table: latency and memory, by what the collector does."""
     lines = ["| collector | p50 ms | of well | p99 ms | of well | memory | after as much again | spans dropped |"]
     lines.append("|" + "---|" * 8)
-    found = await rounds(gateways, TINY, 4, count // 2, 100)
+    found = await rounds(gateways, TINY, 1, count, 60)
     memory = {name: memory_mib(child) for name, child in gateways.items()}
-    again = await rounds(gateways, TINY, 4, count // 2, 100)
+    again = await rounds(gateways, TINY, 1, count, 60)
+    p99 = {name: whole([*found[name], *again[name]]).quantile_ms(0.99) for name in gateways}
     for name, child in gateways.items():
-        asked, well = found[name] + again[name], found["well"] + again["well"]
-        cells = [name]
-        for part in (0.5, 0.99):
-            mine, theirs = ([one.run.quantile_ms(part) for one in each] for each in (asked, well))
-            cells += [f"{statistics.median(mine):.2f}", ratio(mine, theirs)]
+        mine, well = ([one.run.quantile_ms(0.5) for one in [*found[of], *again[of]]] for of in (name, "well"))
+        cells = [name, f"{statistics.median(mine):.2f}", ratio(mine, well)]
+        cells += [f"{p99[name]:.2f}", f"{p99[name] / p99['well']:.2f}"]
         cells += [f"{memory[name]:.1f} MiB", f"{memory_mib(child) - memory[name]:+.1f} MiB", str(await dropped(child))]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
+
+
+def whole(asked: list[Asked]) -> Run:
+    """All rounds as one."""
+    return Run([latency for one in asked for latency in one.run.latencies])
 
 
 def memory_mib(child: Child) -> float:
@@ -188,7 +194,7 @@ def report(count: int) -> str:
 
 
 WHAT_FAILS = (
-    "Every trace kept, four clients, chats of one token. `away`: nobody listens; `hangs`: takes each call and never",
+    "Every trace kept, one client, chats of one token. `away`: nobody listens; `hangs`: takes each call and never",
     "answers; `slow`: answers after two seconds. Memory is the gateway's, after half of the requests and after all.",
 )
 
