@@ -158,10 +158,12 @@ async def test_a_caller_decides_and_the_ratio_where_nobody_has() -> None:
     assert [span.attributes["infermesh.request.id"] for span in sink.named("route")] == ["01"]
 
 
-async def test_a_collector_that_hangs_costs_nobody_time_or_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fault", ["hangs", "slow", "away"])
+async def test_a_collector_that_fails_costs_nobody_time_or_memory(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(telemetry, "QUEUE", 64_000)
     monkeypatch.setattr(telemetry, "BATCH", 16_000)
-    async with collector(hangs=True) as sink, fake_instance("a") as a, upstream(a) as up:
+    how = {"hangs": {"hangs": True}, "slow": {"slow_s": 0.5}, "away": {}}[fault]
+    async with collector(**how) as sink, fake_instance("a") as a, upstream(a) as up:
 
         async def took(requests: int) -> float:
             begun = time.perf_counter()
@@ -170,10 +172,10 @@ async def test_a_collector_that_hangs_costs_nobody_time_or_memory(monkeypatch: p
             return time.perf_counter() - begun
 
         off = up.forwarder.observe
-        tracing = traced(up, sink.address)
+        tracing = traced(up, sink.address if fault != "away" else "http://127.0.0.1:1")
         on = up.forwarder.observe
         await took(60)
-        await until(lambda: sink.calls, 5)
+        await until(lambda: sink.calls or fault == "away", 5)
         ratios = []
         for _ in range(5):
             up.forwarder.observe = off
@@ -185,4 +187,5 @@ async def test_a_collector_that_hangs_costs_nobody_time_or_memory(monkeypatch: p
         assert export.held < 64_000 + 4096 and export.dropped > 100 and dropped(up) == export.dropped
         begun = time.perf_counter()
         await tracing.close()
-        assert time.perf_counter() - begun < 10 and export.dropped == dropped(up) == 2 * 160
+        assert time.perf_counter() - begun < 10 and export.sent + export.dropped == 2 * 160, "one is not accounted for"
+        assert dropped(up) == export.dropped and (export.sent > 0) == (fault == "slow")
