@@ -70,7 +70,12 @@ class Export:
         if self.held >= QUEUE:
             self._drop(1)
             return
-        encoded = encode.span(span)
+        try:
+            encoded = encode.span(span)
+        except Exception:  # a fault of ours is no fault of the request
+            self._drop(1)
+            log.exception("a span cannot be encoded", span=span.name)
+            return
         self._queue.append(encoded)
         self.held += len(encoded)
         if self.held >= BATCH:
@@ -88,7 +93,13 @@ class Export:
             if self.held >= QUEUE:
                 self._drop(notes.spans)
                 continue
-            for span in notes.made():
+            try:
+                made = list(notes.made())
+            except Exception:
+                self._drop(notes.spans)
+                log.exception("the spans of a request cannot be made")
+                continue
+            for span in made:
                 self.take(span)
 
     async def close(self) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from opentelemetry.trace import SpanKind
 
 from infermesh.errors import MeshError, Reason
 from infermesh.v1 import language_model_pb2 as lm
@@ -189,3 +190,23 @@ async def test_a_collector_that_fails_costs_nobody_time_or_memory(fault: str, mo
         await tracing.close()
         assert time.perf_counter() - begun < 10 and export.sent + export.dropped == 2 * 160, "one is not accounted for"
         assert dropped(up) == export.dropped and (export.sent > 0) == (fault == "slow")
+
+
+async def test_a_span_that_cannot_be_made_or_encoded_is_counted_and_hurts_nobody() -> None:
+    async with collector() as sink, fake_instance("a") as a, upstream(a) as up:
+        tracing = traced(up, sink.address)
+        export = tracing.export
+
+        class Broken:
+            spans = 2
+
+            def made(self) -> Any:
+                raise ValueError("notes that make no sense")
+
+        export.note(Broken())
+        place = tracing._tracer.place({})
+        export.take(tracing._tracer.made("odd", SpanKind.SERVER, place, "1" * 16, (1, 2), {"what": object()}))
+        await up.chat()
+        await sink.until(1, "route")
+        assert export.dropped == 3 == dropped(up)
+        await tracing.close()
