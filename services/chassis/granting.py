@@ -72,13 +72,15 @@ class Others(NamedTuple):
 
 @dataclass(slots=True)
 class _Booked:
-    """Room taken: by a request in flight, whose `work_us` and `kv_tokens` become 0 with its first token, or a grant."""
+    """Room taken: by a request in flight, whose `work_us` and `kv_tokens` become 0 with its first token, or a grant.
+    `service_us`: what the grant cost its tenant."""
 
     gateway: str
     work_us: int
     kv_tokens: int
     tenant: str = ""
     until: float = 0.0  # of a grant
+    service_us: int = 0
 
 
 LATE = 1e9  # within a tenant, who cannot be on time goes after those who can
@@ -94,6 +96,7 @@ class Arbiter:
         self._wants: dict[str, tuple[Key, Want]] = {}
         self._lines: dict[str, Want] = {}  # the last word of each gateway on who waits there
         self._granted: dict[tuple[str, int], _Booked] = {}
+        self._next: dict[str, float] = {}  # gateways that were granted and have not said who is next: until when
         self._inside: dict[int, _Booked] = {}  # in flight
         self._pending: dict[int, _Booked] = {}  # of these, without a first token, oldest first
         self._work_us = 0  # of _pending
@@ -126,6 +129,7 @@ class Arbiter:
         del self._linked[gateway]
         self._unwant(gateway)
         self._lines.pop(gateway, None)
+        self._next.pop(gateway, None)
         for held in [held for held in self._granted if held[0] == gateway]:
             self._void(held)
 
@@ -134,6 +138,7 @@ class Arbiter:
         if gateway not in self._linked:
             return
         self._lines[gateway] = want
+        self._next.pop(gateway, None)
         if not want.ticket or (gateway, want.ticket) in self._granted:
             self._unwant(gateway)
             return
@@ -145,16 +150,22 @@ class Arbiter:
 
     def decline(self, gateway: str, ticket: int) -> None:
         """The gateway has no use for its grant."""
-        if (gateway, ticket) in self._granted:
+        booked = self._granted.get((gateway, ticket))
+        if booked is not None:
             self._void((gateway, ticket))
+            self._turns.served(booked.tenant, -booked.service_us / US)
 
     def grants(self, now: float) -> list[Grant]:
-        """Hands out what room there is. To be called after anything that may have made some, and when `due` says."""
+        """Hands out what room there is. To be called after anything that may have made some, and when `due` says.
+
+        Who comes after the best of a gateway may be better than the best of another: the next grant waits until that
+        gateway has said who it is, for as long at most as what was granted keeps the instance busy."""
         for held in [held for held, booked in self._granted.items() if booked.until <= now]:
             self._void(held)
+        self._next = {gateway: until for gateway, until in self._next.items() if until > now}
         found: list[Grant] = []
         content: set[str] = set()  # tenants that have all the room they may have
-        while (gateway := self._first(content, now)) is not None:
+        while not self._next and (gateway := self._first(content, now)) is not None:
             want = self._wants[gateway][1]
             need = want.kv_tokens + want.spare_tokens
             if not self._fits(need, now):
@@ -164,11 +175,14 @@ class Arbiter:
                 continue
             self._turns.served(want.tenant, want.service_us / US)
             self._unwant(gateway)
-            booked = _Booked(gateway, want.work_us, want.kv_tokens, want.tenant, now + EXPIRY_S)
+            until = now + EXPIRY_S
+            booked = _Booked(gateway, want.work_us, want.kv_tokens, want.tenant, until, want.service_us)
             self._granted[gateway, want.ticket] = booked
             self._hold(booked, now)
             self._granted_us += want.work_us
             self._kv += want.kv_tokens
+            if len(self._linked) > 1 and want.work_us:
+                self._next[gateway] = now + min(want.work_us / US, EXPIRY_S)
             found.append(Grant(gateway, want.ticket))
         return found
 
@@ -249,9 +263,12 @@ class Arbiter:
     def due(self, now: float) -> float | None:
         """When time alone will have made room, or ended a grant. None: only an event can."""
         found = [booked.until for booked in self._granted.values()]
-        excess = self._work_us + self._granted_us - self._depth_us
-        if self._wants and self._pending and 0 < excess <= next(iter(self._pending.values())).work_us:
-            at = self._since + (excess + 1) / US
+        if self._wants:
+            at = max(self._next.values(), default=now)
+            excess = self._work_us + self._granted_us - self._depth_us
+            if excess > 0:
+                head = next(iter(self._pending.values())).work_us if self._pending else 0
+                at = max(at, self._since + (excess + 1) / US) if excess <= head else now
             if at > now:
                 found.append(at)
         return min(found, default=None)
@@ -286,7 +303,7 @@ class Arbiter:
         """Every counter; all 0 where nothing is in flight, granted or linked."""
         return {
             "linked": len(self._linked),
-            "wants": len(self._wants) + len(self._lines),
+            "wants": len(self._wants) + len(self._lines) + len(self._next),
             "granted": len(self._granted) + self._granted_us,
             "inside": len(self._inside) + len(self._pending),
             "work": self._work_us,

@@ -151,3 +151,37 @@ def churn(seed: int) -> list[Grant]:
         room.left(name)
     assert set(room.in_use().values()) == {0}
     return log
+
+
+def test_the_next_grant_waits_until_the_gateway_that_got_the_last_says_who_is_next() -> None:
+    room = arbiter("a", "b")
+    room.want("a", Want(1, S // 100), 0.0)
+    room.want("b", Want(5, S // 20), 0.0)
+    assert room.grants(0.0) == [Grant("a", 1)] and room.grants(0.001) == []
+    room.want("a", Want(2, S // 50), 0.002)
+    assert room.grants(0.002) == [Grant("a", 2)], "there is room for b, but a's second is shorter than b's first"
+    room.want("a", Want(0, 0), 0.004)
+    assert room.grants(0.004) == [Grant("b", 5)]
+
+
+def test_a_gateway_that_says_nothing_holds_nobody_up_for_longer_than_its_grant_lasts() -> None:
+    room = arbiter("a", "b")
+    room.want("a", Want(1, S // 100), 0.0)
+    room.want("b", Want(5, S // 20), 0.0)
+    assert room.grants(0.0) == [Grant("a", 1)]
+    room.decline("a", 1)
+    assert room.grants(0.005) == [] and room.due(0.005) == pytest.approx(0.01)
+    assert room.grants(0.01) == [Grant("b", 5)]
+    room.left("a")
+    room.want("b", Want(6, S // 20), 0.011)
+    assert room.grants(0.011) == [Grant("b", 6)], "alone, there is nobody to wait for"
+
+
+def test_a_tenant_is_not_charged_for_a_grant_that_is_declined() -> None:
+    room = arbiter("a", "b")
+    room.want("a", Want(1, S // 100, tenant="x", service_us=9 * S), 0.0)
+    room.want("b", Want(5, S // 20, tenant="y", service_us=S), 0.0)
+    assert room.grants(0.0) == [Grant("a", 1)]
+    room.decline("a", 1)
+    room.want("a", Want(2, S // 100, tenant="x", service_us=9 * S), 0.001)
+    assert room.grants(0.001) == [Grant("a", 2)], "it has had nothing yet"

@@ -12,11 +12,12 @@ from services.gateway.routing.decision import Ask, Decline, Dispatch, Effect
 from services.gateway.routing.desk import Desk
 from services.gateway.routing.fleet import NOBODY, Instance
 from services.gateway.routing.line import HASTE, TURN
-from services.gateway.routing.serving import TRIES, again
+from services.gateway.routing.serving import again
 
 REPEAT_S = 1.0  # an ask is said again while it lasts: an instance may have lost it with a grant that went astray
 SUMMARY_S = 0.02  # how late others may learn how long the line behind the first one is
 FIRST_RANKS = 3  # before every class: who goes on with an answer, and an overdue request whose turn it is
+UNKNOWN = NOBODY._replace(ticket=-1)  # what is said next is news, whatever it is
 _HEAD = 9  # fields of a Want that say who is asked for
 
 
@@ -84,18 +85,16 @@ def want_of(desk: Desk, instance: Instance, now: float) -> Want:
 
 
 def granted(desk: Desk, instance: Instance, ticket: int, now: float) -> list[Effect]:
-    """The instance has room for one of ours. It has forgotten what it was asked."""
-    instance.told = NOBODY._replace(line_ms=instance.told.line_ms)
+    """The instance has room for the first of our line. It has forgotten what it was asked, and waits to hear who is
+    next. Nobody else takes the first one's place unasked: another gateway's may be better."""
+    instance.told = UNKNOWN
     desk.queue.touched.add(instance.id)
-    effects: list[Effect] = []
-    for _ in range(TRIES):
-        line, turns = instance.line, desk.queue.turns
-        waiting = line.first(turns.ahead(), instance.ledger.arrivals, instance.beyond(now)) if line.count else None
-        if waiting is None:
-            break
-        desk.queue.lift(waiting)
-        placed = again(desk, waiting, now, instance.id, ticket)
-        effects += placed
-        if any(isinstance(effect, Dispatch) and effect.lease.instance_id == instance.id for effect in placed):
-            return effects
+    line, turns = instance.line, desk.queue.turns
+    waiting = line.first(turns.ahead(), instance.ledger.arrivals, instance.beyond(now)) if line.count else None
+    if waiting is None:
+        return [Decline(instance.id, ticket)]
+    desk.queue.lift(waiting)
+    effects = again(desk, waiting, now, instance.id, ticket)
+    if any(isinstance(effect, Dispatch) and effect.lease.instance_id == instance.id for effect in effects):
+        return effects
     return [*effects, Decline(instance.id, ticket)]

@@ -77,6 +77,11 @@ class Instance:
         report = self.ledger.report
         return self.grants and report is not None and report.gateways > 1
 
+    @property
+    def contended(self) -> bool:
+        """It is shared, and somebody waits for it: it keeps its queue of prompts at its depth."""
+        return self.shared and (self.closed or self.line.all_count > 0)
+
     def has_slot(self, now: float, tenant: str = "") -> bool:
         """`max_running` is the gateway's cap too; an unknown one caps nothing. `tenant`: whose request would take it;
         what others used lately is not its."""
@@ -121,7 +126,7 @@ class Instance:
         depth = self.rates.depth_s
         if tenant and wait > depth / SHALLOW and tenant in self.beyond(now):
             return False
-        if self.shared and (self.closed or self.line.all_count):
+        if self.contended:
             return False  # it grants to the best of those who wait
         return wait <= depth and (crowd == 1.0 or self.ledger.own_work * crowd <= depth * US)
 
