@@ -1,7 +1,7 @@
 # infermesh. `make up` and `make test` need nothing but make and Python; the rest is installed into .venv*/ here.
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help up test setup check gguf protos bench traced routing seams peers vllms compat faults images compose constraints clean soak
+.PHONY: help up test setup check gguf protos bench traced routing seams peers gateways vllms compat faults images compose constraints clean soak
 
 PYTHON ?=
 PY = $(if $(FOUND),$(FOUND),$(error no suitable Python, see above))
@@ -69,6 +69,10 @@ faults: ## break things on purpose, a row of the fault matrix each (ROW=21, ROW=
 peers: ## stock routers and infermesh in turn before the same scripted engines (TRACE=trace.jsonl ARGS="--write")
 	@$(SETUP) main
 	@exec $(BIN)/python -m tests.bench.peers --trace "$(TRACE)" $(ARGS)
+
+gateways: ## four gateways that share nothing against one, over real sockets (TRACE=trace.jsonl ARGS="--write")
+	@$(SETUP) main
+	@exec $(BIN)/python -m tests.bench.gateways --trace "$(TRACE)" $(ARGS)
 
 seams: ## 10,000 random deaths against the vLLM engine's replay (minutes)
 	@$(SETUP) main llm

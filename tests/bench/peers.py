@@ -124,7 +124,7 @@ def once(router: Router, asks: Sequence[Ask], at: Site) -> dict[str, Any]:
         with engines(Path(folder), at.endpoints, CHUNK) as (registry, workers):
             version = VERSIONS.get(router.package, "")
             with routed(Path(folder), router, version, registry, workers) as url:
-                return measured(asyncio.run(drive(url, asks)), asks)
+                return measured(asyncio.run(drive([url], asks)), asks)
 
 
 def table(routers: Sequence[Router], sims: dict[str, dict[str, Any]], runs: dict[str, list[dict[str, Any]]]) -> str:

@@ -156,19 +156,23 @@ def _free_ports(count: int) -> list[int]:
         return [found.getsockname()[1] for found in sockets]
 
 
-async def drive(url: str, asks: Sequence[Ask]) -> Run:
-    """Every request at its own time, whatever became of the others."""
+async def drive(urls: Sequence[str], asks: Sequence[Ask]) -> Run:
+    """Every request at its own time, whatever became of the others; to each of `urls` in turn."""
     bodies = [_body(ask.text, ask.output) for ask in asks]
     connector = aiohttp.TCPConnector(limit=0)
     timeout = aiohttp.ClientTimeout(total=PATIENCE_S)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout, trust_env=False) as session:
-        await _until_served(session, url)
-        await _warm_up(session, url)
+        for url in urls:
+            await _until_served(session, url)
+            await _warm_up(session, url, WARM // len(urls))
         run = Run([Seen(ask.at) for ask in asks])
         watch = asyncio.create_task(watch_idle(run.idle))
         begun = time.perf_counter() + 0.5
         await asyncio.gather(
-            *(_one(session, url, body, begun, seen) for body, seen in zip(bodies, run.seen, strict=True))
+            *(
+                _one(session, urls[at % len(urls)], body, begun, seen)
+                for at, (body, seen) in enumerate(zip(bodies, run.seen, strict=True))
+            )
         )
         watch.cancel()
     return run
@@ -216,9 +220,9 @@ async def _until_served(session: aiohttp.ClientSession, url: str) -> None:
         await asyncio.sleep(0.1)
 
 
-async def _warm_up(session: aiohttp.ClientSession, url: str) -> None:
+async def _warm_up(session: aiohttp.ClientSession, url: str, count: int) -> None:
     """Unlike prompts, four at a time."""
-    left = list(range(WARM))
+    left = list(range(count))
 
     async def client() -> None:
         while left:
