@@ -10,12 +10,13 @@ from typing import Any
 from docker import DockerClient
 from docker.models.containers import Container
 
-from infermesh.client import AsyncClient
+from infermesh.client import AsyncClient, MeshError, Reason
 from tests.container.fleet import CHAT, EMBEDDING, GRACE_S, LLMS, RERANK, UID, Project
 from tests.kit.traffic import PROMPT, TEXTS, Load, traffic
 
 PROJECT = {"label": "com.docker.compose.project=infermesh"}
 TOKENS, CHATS = 200, 3  # long enough for streams to be cut when an instance dies
+DOCUMENT = "The mesh remembers what it has read. " * 20  # longer than a block of the prefix cache
 AGAIN_S = 240  # until a killed instance serves again
 PROBE = "id -u; grep -E '^(CapEff|NoNewPrivs)' /proc/1/status; touch /written 2>&1"
 
@@ -78,6 +79,13 @@ async def killed_and_stopped(client: DockerClient, project: Project, lines: Line
             f"{TOKENS} tokens, {len(vectors)} × {len(vectors[0])} numbers, the cat before the stocks",
         )
 
+        async with AsyncClient(project.grpc) as stranger:
+            try:
+                told = str(await stranger.embed(TEXTS, model=EMBEDDING))
+            except MeshError as error:
+                told = error.reason.value
+        lines.add("the same without a key", told == Reason.UNAUTHENTICATED.value, told)
+
         async def serves(id: str) -> bool:
             listed = await caller.instances()
             return any(one.id == id and one.state == "healthy" for one in listed)
@@ -86,6 +94,9 @@ async def killed_and_stopped(client: DockerClient, project: Project, lines: Line
         asked = {"chat": CHAT, "encoder": EMBEDDING, "reranker": RERANK, "tokens": TOKENS, "answer": answer}
         async with traffic(project.grpc, project.http, chats=CHATS, key=project.key, **asked) as load:
             await _more(load, 30)
+            for _ in range(5):  # over several scrapes
+                await caller.chat(DOCUMENT, model=CHAT, max_tokens=4)
+                await asyncio.sleep(3)
             begun = time.monotonic()
             await asyncio.to_thread(first.exec_run, ["sh", "-c", "kill -9 -1"])
             await _until(lambda: _restarted(first), 60)
