@@ -67,7 +67,7 @@ def proven(folder: Path, lines: Lines) -> None:
         confined(client, lines)
         DockerCompose(project.compose, profiles=["obs"], services=["prometheus"]).start()
         asyncio.run(killed_and_stopped(client, project, lines))
-        watched(client, lines)
+        watched(lines)
     except BaseException:
         print("\n".join(everything.get_logs())[-20000:], file=sys.stderr)
         raise

@@ -15,7 +15,7 @@ from deploy.render.observability import IMAGES
 from infermesh import __version__
 from tests.container.fleet import ROOT
 from tests.kit.consul import consul_binary
-from tests.kit.debian import unpacked
+from tests.kit.prometheus import prometheus_binary
 
 BASE = "infermesh-base:bookworm"
 DOCKERFILES = {
@@ -69,10 +69,7 @@ def _foreign() -> list[str]:
 
 
 def _debian(name: str) -> str:
-    if name == "consul":
-        program = Path(consul_binary())
-    else:
-        program = unpacked("prometheus", ["prometheus"], suite="trixie") / "usr" / "bin" / "prometheus"
+    program = consul_binary() if name == "consul" else prometheus_binary()
     tag = f"infermesh-test-{name}"
     with tempfile.TemporaryDirectory(prefix="infermesh-image-") as temporary:
         shutil.copy(program, temporary)
