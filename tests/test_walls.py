@@ -73,7 +73,7 @@ ADAPTERS: dict[str, tuple[str, ...]] = {
     "sentence_transformers": ENCODERS,
     "openvino": ENCODERS,
     "transformers": ("services/llm/engines/*", "services/llm/reference.py", *ENCODERS),
-    "ray": ("deploy/launch/*",),
+    "ray": ("deploy/launch/on_ray/*", "services/llm/engines/vllm_ray.py"),
 }
 # The client wheel installs with these two and nothing else.
 CLIENT_NEEDS = ("grpc", "google")

@@ -7,9 +7,10 @@ import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, replace
+from itertools import starmap
 from pathlib import Path
 
 from deploy.fleet import Fault, Fleet, FleetError, Instance, unserved
@@ -20,7 +21,8 @@ from deploy.launch.host import bind_fault
 from deploy.launch.on_ray.need import clusters, ray_faults, ray_remarks
 from deploy.launch.on_ray.survey import reach_faults, remarks, survey
 from deploy.launch.programs import GATEWAY, Programs, place_of, reckoned_speeds
-from deploy.launch.replicas import at_start, replica_faults
+from deploy.launch.replicas import Replicas, at_start, replica_faults
+from deploy.launch.scaling import followed
 from deploy.launch.screen import Screen
 from deploy.launch.supervise import Policy, State
 from deploy.launch.supervisor import LOOK_S, Running, Supervisor
@@ -54,8 +56,10 @@ async def run_mesh(
     where: Where,
     notes: Sequence[str],
     hosted: Callable[[], AbstractAsyncContextManager[str]],
+    wanted: Callable[[str], Awaitable[Mapping[str, int]]],
 ) -> int:
-    """Runs the mesh until it is told to stop. `hosted` opens the embedded registry in this process.
+    """Runs the mesh until it is told to stop. `hosted` opens the embedded registry in this process; `wanted` asks the
+    gateway at an address how many replicas there should be.
 
     Raises:
         ValueError: the fleet cannot be started as it is; nothing has been started then.
@@ -73,13 +77,23 @@ async def run_mesh(
         registry = where.registry or f"mesh://{await stack.enter_async_context(hosted())}"
         shared = replace(shared, registry=registry)
         programs = Programs(fleet, host, shared, found, reckoned_speeds(fleet))
-        started = [programs.gateway(where.grpc, where.http, where.tls), *map(programs.instance, at_start(instances))]
+        started = [
+            programs.gateway(where.grpc, where.http, where.tls),
+            *starmap(programs.instance, at_start(instances)),
+        ]
         policy = Policy(grace_s=shared.grace_s + HARD_GRACE_S)
         supervisor = Supervisor(started, policy, screen.changed)
+        replicas = Replicas({item.id: item for item in instances}, supervisor, programs.instance)
+
+        async def asked() -> Mapping[str, int]:
+            gateway = supervisor.children[GATEWAY]
+            return await wanted(gateway.address or where.grpc) if gateway.child.state is State.READY else {}
+
         screen.begin()
         try:
             await supervisor.start()
-            code = await _watch(supervisor, screen, where, registry, notes, stop)
+            async with followed(replicas, asked, screen.say):
+                code = await _watch(supervisor, screen, where, registry, notes, stop)
         finally:
             screen.end()
             if supervisor.children:

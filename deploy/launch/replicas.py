@@ -17,14 +17,21 @@ def most(first: Instance) -> int:
     return max(least(first), first.max or 1)
 
 
+def group_of(first: Instance) -> str:
+    """The name that it is scaled by; empty: it is not."""
+    return first.id if most(first) > least(first) else ""
+
+
 def replica(first: Instance, number: int) -> Instance:
     """One of them; `number` counts from 1."""
     return first if number == 1 else first.model_copy(update={"id": f"{first.id}-{number}"})
 
 
-def at_start(instances: Iterable[Instance]) -> tuple[Instance, ...]:
-    """All of them, as many as `min` says."""
-    return tuple(replica(first, number) for first in instances for number in range(1, least(first) + 1))
+def at_start(instances: Iterable[Instance]) -> Iterator[tuple[Instance, str]]:
+    """All of them, as many as `min` says, each with its group."""
+    for first in instances:
+        for number in range(1, least(first) + 1):
+            yield replica(first, number), group_of(first)
 
 
 def replica_faults(fleet: Fleet) -> Iterator[Fault]:
@@ -46,11 +53,16 @@ class Replicas:
 
     firsts: dict[str, Instance]
     supervisor: Supervisor
-    program_of: Callable[[Instance], Program]
+    program_of: Callable[[Instance, str], Program]  # of a replica and its group
     _members: dict[str, set[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._members = {id: set(range(1, least(first) + 1)) for id, first in self.firsts.items()}
+
+    @property
+    def scaled(self) -> set[str]:
+        """The classes that have more than one size."""
+        return {id for id, first in self.firsts.items() if group_of(first)}
 
     def count(self, id: str) -> int:
         """Replicas that are wanted now; those that are leaving do not count."""
@@ -70,5 +82,5 @@ class Replicas:
             # One that is still leaving keeps its name until it has left.
             number = next(n for n in range(1, 1 << 20) if replica(first, n).id not in self.supervisor.children)
             members.add(number)
-            await self.supervisor.add(self.program_of(replica(first, number)))
+            await self.supervisor.add(self.program_of(replica(first, number), group_of(first)))
         return count

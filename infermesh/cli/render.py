@@ -1,4 +1,4 @@
-"""`infermesh render`: a fleet file as files for Docker Compose or Kubernetes."""
+"""`infermesh render`: a fleet file as files for Docker Compose, Kubernetes or Ray."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from deploy.fleet import Fleet
     from deploy.render.container import Rendered, Site
 
-TARGETS = ("compose", "k8s")
+TARGETS = ("compose", "k8s", "ray")
 AUTOSCALERS = ("hpa", "keda", "none")
 
 
 def command(
-    target: Annotated[str, typer.Argument(metavar="compose|k8s", help="What the files are for.")],
+    target: Annotated[str, typer.Argument(metavar="compose|k8s|ray", help="What the files are for.")],
     fleet: Annotated[Path, typer.Argument(metavar="FLEET.yaml", help="A fleet file; k8s also takes Worker resources.")],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the files go.")],
     node: Annotated[str, typer.Option(help="compose: which of the fleet's nodes the project is for.")] = "",
@@ -30,7 +30,8 @@ def command(
     ] = "hpa",
     grace_s: Annotated[float, typer.Option(help="Seconds to finish what is running when stopped.", min=0)] = 30,
 ) -> None:
-    """Write what starts a fleet elsewhere: a Compose project for a host, or Kubernetes objects. Starts nothing.
+    """Write what starts a fleet elsewhere: a Compose project for a host, Kubernetes objects, or a Ray cluster's `ray
+    start` lines with the placement groups that `up --ray` will make there. Starts nothing.
 
     Models without instances are placed as `infermesh plan` does. Files that are there already are overwritten.
 
@@ -38,13 +39,12 @@ def command(
         infermesh render compose deploy/examples/containers.yaml -o build/compose
         infermesh render k8s deploy/examples/containers.yaml -o build/k8s
         infermesh render k8s worker.yaml -o build/k8s
+        infermesh render ray deploy/examples/ray.yaml -o build/ray
     """
-    if target == "ray":
-        raise Failure("ray: no files are needed for Ray, and `render ray` is not there; use compose or k8s", BAD_USAGE)
     if target not in TARGETS:
         raise Failure(f"{target!r} is not a target; there are {', '.join(TARGETS)}", BAD_USAGE)
     if node and target != "compose":
-        raise Failure("--node is for compose; Kubernetes places by node labels", BAD_USAGE)
+        raise Failure("--node is for compose; Kubernetes and Ray place by what nodes have", BAD_USAGE)
     if autoscaler not in AUTOSCALERS:
         raise Failure(f"--autoscaler {autoscaler!r}: there are {', '.join(AUTOSCALERS)}", BAD_USAGE)
     found = _rendered(target, fleet, node, autoscaler, grace_s)
@@ -64,6 +64,7 @@ def _rendered(target: str, path: Path, node: str, autoscaler: str, grace_s: floa
     from deploy.fleet import parse_fleet
     from deploy.render.compose import compose
     from deploy.render.k8s import render_k8s
+    from deploy.render.ray import render_ray
     from deploy.render.shipped import shipped_files
     from deploy.render.worker import fleet_of_workers, has_workers
 
@@ -79,6 +80,8 @@ def _rendered(target: str, path: Path, node: str, autoscaler: str, grace_s: floa
     told, site = _completed(told, target, path, grace_s)
     if target == "compose":
         found = compose(told, site, shipped_files(), node=node, name=str(path))
+    elif target == "ray":
+        found = render_ray(told, site, name=str(path))
     else:
         found = render_k8s(told, site, autoscaler=autoscaler, name=str(path))
     return replace(found, remarks=(*assumed, *found.remarks))

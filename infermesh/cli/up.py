@@ -76,7 +76,9 @@ def command(
     from deploy.launch.host import this_host
     from deploy.launch.mesh import Where, run_mesh
     from infermesh.cli.calibrate import file_of_fleet, read
+    from infermesh.cli.connect import api_key
     from infermesh.cli.registry import hosted_registry
+    from infermesh.client import AsyncClient
     from services.chassis.certificates import TlsSettings
     from services.chassis.keys import load_keys
 
@@ -144,7 +146,14 @@ def command(
     def hosted() -> AbstractAsyncContextManager[str]:
         return hosted_registry(where.registry_listen, opened, insecure=shared.insecure)
 
-    return asyncio.run(run_mesh(plan, host, shared, where, notes, hosted))
+    async def wanted(address: str) -> dict[str, int]:
+        secret = api_key(Path(shared.operator_key_file)) if shared.operator_key_file else ""
+        # Its own certificate as the authority: it is this very gateway that is asked, whoever signed it.
+        own = f"grpcs://{address}" if tls_cert_file else address
+        async with AsyncClient(own, api_key=secret, ca_file=tls_cert_file) as mesh:
+            return {group.name: group.desired for group in await mesh.groups() if group.desired}
+
+    return asyncio.run(run_mesh(plan, host, shared, where, notes, hosted, wanted))
 
 
 def _from_file(path: Path) -> Fleet:

@@ -76,10 +76,10 @@ class RayCluster:
         """A node's own TMPDIR."""
         return self.folder / f"tmp-{address}"
 
-    def start(self, address: str, cpus: int, resources: str = "{}") -> Node:
-        """One more node; the first one is the head. `resources`: JSON, as `ray start` takes it."""
+    def start(self, address: str, cpus: int, gpus: int = 0, resources: str = "{}") -> Node:
+        """One more node; the first one is the head. `gpus` are a number to Ray. `resources`: JSON, as it takes them."""
         words = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--node-ip-address", address]
-        words += ["--num-cpus", str(cpus), "--num-gpus", "0", "--resources", resources]
+        words += ["--num-cpus", str(cpus), "--num-gpus", str(gpus), "--resources", resources]
         words += ["--object-store-memory", str(STORE), "--disable-usage-stats"]
         words += ["--min-worker-port", "0", "--max-worker-port", "0"]
         if self.head:

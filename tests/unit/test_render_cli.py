@@ -16,8 +16,7 @@ CONTAINERS = str(EXAMPLES / "containers.yaml")
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (("ray", CONTAINERS), "`render ray` is not there"),
-        (("swarm", CONTAINERS), "'swarm' is not a target; there are compose, k8s"),
+        (("swarm", CONTAINERS), "'swarm' is not a target; there are compose, k8s, ray"),
         (("k8s", CONTAINERS, "--node", "gpu-1"), "--node is for compose"),
         (("k8s", CONTAINERS, "--autoscaler", "vpa"), "there are hpa, keda, none"),
         (("compose", "nowhere.yaml"), "nowhere.yaml: No such file"),

@@ -31,7 +31,9 @@ def classes(**bounds: int) -> Fleet:
 
 
 def test_replicas_have_names_of_their_own() -> None:
-    assert [item.id for item in at_start(classes(min=2, max=3).instances)] == ["a", "a-2", "b"]
+    started = [(item.id, group) for item, group in at_start(classes(min=2, max=3).instances)]
+    assert started == [("a", "a"), ("a-2", "a"), ("b", "")]
+    assert [group for _, group in at_start(classes(min=2).instances)] == ["", "", ""], "one size only"
     fleet = classes(min=1, max=3)
     taken = fleet.model_copy(update={"instances": (*fleet.instances, Instance(id="a-3", model="m"))})
     assert [str(fault) for fault in replica_faults(taken)] == [
@@ -46,12 +48,12 @@ def test_replicas_have_names_of_their_own() -> None:
 async def test_a_class_grows_and_drains(tmp_path: Path) -> None:
     fleet = classes(min=1, max=3)
 
-    def program(instance: Instance) -> Program:
+    def program(instance: Instance, group: str) -> Program:
         ready = tmp_path / f"{instance.id}.json"
         argv = (sys.executable, "-c", SERVES, str(ready))
         return Program(instance.id, "llm", argv, {}, tmp_path / f"{instance.id}.log", ready, model="m")
 
-    supervisor = Supervisor([program(item) for item in at_start(fleet.instances)], Policy(), lambda running: None)
+    supervisor = Supervisor([program(*item) for item in at_start(fleet.instances)], Policy(), lambda running: None)
     replicas = Replicas({item.id: item for item in fleet.instances}, supervisor, program)
 
     async def until_all(*ids: str) -> None:

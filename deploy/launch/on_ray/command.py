@@ -4,7 +4,6 @@ interpreter, address and folder in it. Pure, but for asking which of the files t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 from deploy.fleet import Fleet, Instance
 from deploy.fleet.values import RayCluster
 from deploy.launch.commands import INHERITED, Command, Host, Shared, instance_command
+from deploy.launch.on_ray.cluster import group_name
 from deploy.launch.on_ray.need import Need
 from deploy.launch.on_ray.service import ADDRESS, FOLDER, LLM_PYTHON, PYTHON
 from deploy.launch.on_ray.spec import Spec, there
@@ -31,8 +31,9 @@ def ray_command(
     ready_file: Path,
     reckoned: Mapping[str, float],
     folder: Path,
+    group: str = "",
 ) -> Command:
-    """`folder`: of this mesh's Ray files here.
+    """`folder`: of this mesh's Ray files here. `group`: what it is scaled with.
 
     Raises:
         ValueError: as `instance_command`.
@@ -45,7 +46,7 @@ def ray_command(
             return ""
         return ship.setdefault(str(Path(path).expanduser().absolute()), there(path, len(ship)))
 
-    node = node_command(fleet, instance, need, _shared_there(shared, shipped), shipped, reckoned)
+    node = node_command(fleet, instance, need, _shared_there(shared, shipped), shipped, reckoned, group)
     spec = Spec(
         id=instance.id,
         model=instance.model,
@@ -73,6 +74,7 @@ def node_command(
     shared: Shared,
     shipped: Callable[[str], str],
     reckoned: Mapping[str, float],
+    group: str = "",
 ) -> Command:
     """The service's own command line, with placeholders for what its node knows. `shipped` names files there."""
     seen = tuple(range(need.gpus)) if need.gpus and not need.spans else ()
@@ -97,7 +99,8 @@ def node_command(
         ]
         fleet = fleet.model_copy(update={"models": tuple(models)})
     host = Host(PYTHON, LLM_PYTHON, need.gpus, {})
-    return instance_command(fleet, placed, host, shared, Path(FOLDER) / "ready.json", reckoned)
+    made = instance_command(fleet, placed, host, shared, Path(FOLDER) / "ready.json", reckoned)
+    return replace(made, argv=(*made.argv, "--group", group)) if group else made
 
 
 def _shared_there(shared: Shared, shipped: Callable[[str], str]) -> Shared:
@@ -118,4 +121,4 @@ def _span(need: Need, cluster: RayCluster, instance: Instance) -> dict[str, str]
     """Where vLLM finds the cluster and the cards that are reserved for it."""
     if not need.spans:
         return {}
-    return {"RAY_ADDRESS": cluster.headAddress, GROUP: json.dumps([instance.model, instance.id])}
+    return {"RAY_ADDRESS": cluster.headAddress, GROUP: group_name(instance.model, instance.id)}

@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 from infermesh.errors import MeshError, Reason
 from services.llm.engines.vllm_orphan import LEADER
+from services.llm.engines.vllm_ray import reserved_group
 from services.llm.settings import LlmSettings
 
 CPU_KV_BYTES = 1 << 30
@@ -182,6 +183,7 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None], events: str)
 
     from vllm.config import KVEventsConfig, StructuredOutputsConfig
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
     from services.llm.engines.vllm_render import Renderer
@@ -199,7 +201,10 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None], events: str)
     )
     progress("starting the engine: weights, then the KV cache")
     counters = Counters()
-    engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=[stat_logger(counters)])
+    config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
+    if group := reserved_group(os.environ):
+        config.parallel_config.placement_group = group
+    engine = AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger(counters)])
     try:
         template = settings.vllm.chat_template.read_text() if settings.vllm.chat_template else None
         renderer = Renderer(settings.vllm, engine.model_config, engine.renderer, template)
