@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import email.utils
 import importlib.util
 import os
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Literal
 
 from deploy.launch import host
+from deploy.launch.on_ray import survey
+from deploy.launch.on_ray.need import address_fault
 from deploy.launch.run_file import read_run_file
 
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
@@ -33,7 +36,7 @@ class Finding:
     do: str = ""
 
 
-def examine(*, grpc: str, http: str, registry: str, folder: Path) -> Iterator[Finding]:
+def examine(*, grpc: str, http: str, registry: str, folder: Path, ray: str = "") -> Iterator[Finding]:
     """All checks, the quick ones first."""
     yield _python()
     yield _architecture()
@@ -49,6 +52,8 @@ def examine(*, grpc: str, http: str, registry: str, folder: Path) -> Iterator[Fi
         consul, date_there = _registry(registry)
         yield consul
         date = date_there or date
+    if ray:
+        yield _ray(ray)
     yield _clock(date)
 
 
@@ -188,6 +193,18 @@ def _registry(url: str) -> tuple[Finding, str]:
     if not leader:
         return Finding("consul", "fail", "it has no leader", "see `consul operator raft list-peers`"), date
     return Finding("consul", "ok", f"{rest}, leader {leader}"), date
+
+
+def _ray(address: str) -> Finding:
+    """Can this host place instances on that cluster, and what is there?"""
+    try:
+        if fault := address_fault(address):
+            raise ValueError(f"{address}: {fault}")
+        view = asyncio.run(survey.look(sys.executable, address))
+    except ValueError as error:
+        what, _, do = str(error).partition(": ")
+        return Finding("ray", "fail", what, do or "see docs/deploy.md")
+    return Finding("ray", "ok", survey.told(address, view))
 
 
 def _date(url: str) -> str:

@@ -17,21 +17,22 @@ def command(
     grpc: Annotated[str, typer.Option(help="The gRPC address that `up` would take.")] = "127.0.0.1:50050",
     http: Annotated[str, typer.Option(help="The REST address that `up` would take.")] = "127.0.0.1:8000",
     registry: Annotated[str, typer.Option(help="consul://H:P to examine as well.")] = "",
+    ray: Annotated[str, typer.Option(metavar="HOST:PORT", help="Head of a Ray cluster to examine as well.")] = "",
     json: Json = False,
 ) -> int:
-    """Check driver, cards, environments, memory, disk, ports, proxy, hub, Consul and clock; say what to do.
+    """Check driver, cards, environments, memory, disk, ports, proxy, hub, Consul, Ray and clock; say what to do.
 
     The exit code is 1 when something fails that `infermesh up` needs.
 
     Examples:
         infermesh doctor
-        infermesh doctor --registry consul://10.0.0.5:8500
+        infermesh doctor --registry consul://10.0.0.5:8500 --ray 10.0.0.5:6379
         infermesh doctor --json | jq '.findings[] | select(.level != "ok")'
     """
     from deploy.launch.examine import examine
 
     findings = []
-    for finding in examine(grpc=grpc, http=http, registry=registry, folder=Path.cwd()):
+    for finding in examine(grpc=grpc, http=http, registry=registry, ray=ray, folder=Path.cwd()):
         findings.append(finding)
         if not json:
             print(f"{finding.level:4}  {finding.name:12} {finding.what}", flush=True)

@@ -47,10 +47,10 @@ async def look(python: str, address: str) -> View:
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    told, errors = await asked.communicate()
+    answer, errors = await asked.communicate()
     if asked.returncode:
         raise ValueError(errors.decode("utf-8", "replace").strip()[-2000:] or f"look ended with {asked.returncode}")
-    return view_of(told.decode())
+    return view_of(answer.decode())
 
 
 def view_of(text: str) -> View:
@@ -61,12 +61,12 @@ def view_of(text: str) -> View:
 
 def version_fault(cluster: RayCluster, ours: str) -> str:
     """Where the file tells the cluster's Python, the network need not be asked."""
-    told = cluster.pythonVersion
-    if not told or ours == told or ours.startswith(f"{told}."):
+    theirs = cluster.pythonVersion
+    if not theirs or ours == theirs or ours.startswith(f"{theirs}."):
         return ""
     return (
-        f"rayClusters {cluster.name}: its Python is {told}, this launcher's is {ours}, and Ray takes jobs of its own "
-        f"Python only: run `infermesh up` in Python {told} (infermesh takes 3.11 to 3.14), or start the cluster in "
+        f"rayClusters {cluster.name}: its Python is {theirs}, this launcher's is {ours}, and Ray takes jobs of its own "
+        f"Python only: run `infermesh up` in Python {theirs} (infermesh takes 3.11 to 3.14), or start the cluster in "
         f"Python {ours} and correct pythonVersion"
     )
 
@@ -98,13 +98,18 @@ def reach_faults(views: Mapping[str, View], registry: str, grpc: str, *, closed:
 def remarks(views: Mapping[str, View], wanted: Mapping[str, tuple[RayCluster, Need]]) -> Iterator[str]:
     """A line a cluster, and one for each instance that has no room now."""
     for name, view in views.items():
-        nodes = ", ".join(f"{node.address} ({_resources(node)})" for node in view.nodes)
-        yield f"Ray cluster {name}: Ray {view.ray}, Python {view.python}, {len(view.nodes)} nodes: {nodes}"
+        yield f"Ray cluster {told(name, view)}"
     for id, (cluster, need) in wanted.items():
         nodes_of = views[cluster.name].nodes
         fits = sum(all(node.total.get(k, 0) >= v for k, v in need.of_host(0).items()) for node in nodes_of)
         if fits < need.hosts:
             yield f"{id} will be pending: {missing(need, nodes_of)}"
+
+
+def told(name: str, view: View) -> str:
+    """A cluster in a line."""
+    nodes = ", ".join(f"{node.address} ({_resources(node)})" for node in view.nodes)
+    return f"{name}: Ray {view.ray}, Python {view.python}, {len(view.nodes)} nodes: {nodes}"
 
 
 def is_loopback(host: str) -> bool:
