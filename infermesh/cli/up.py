@@ -150,7 +150,7 @@ def command(
         secret = api_key(Path(shared.operator_key_file)) if shared.operator_key_file else ""
         # Its own certificate as the authority: it is this very gateway that is asked, whoever signed it.
         own = f"grpcs://{address}" if tls_cert_file else address
-        async with AsyncClient(own, api_key=secret, ca_file=tls_cert_file) as mesh:
+        async with AsyncClient(own, api_key=secret, ca_file=str(tls_cert_file or "")) as mesh:
             return {group.name: group.desired for group in await mesh.groups() if group.desired}
 
     return asyncio.run(run_mesh(plan, host, shared, where, notes, hosted, wanted))
