@@ -41,7 +41,7 @@ def render_ray(fleet: Fleet, site: Site, *, name: str = "fleet") -> Rendered:
     files = {
         "start.sh": "".join(_start(fleet, found[0].headAddress, site.catalogue)),
         "placements.yaml": "# Made by `infermesh render ray`: a placement group each.\n"
-        + yaml.safe_dump(placements, sort_keys=False, width=120),
+        + yaml.safe_dump(placements, sort_keys=False, width=120, default_flow_style=None),
         "fleet.yaml": f"# Made by `infermesh render ray`.\n{told}",
     }
     ray = "" if fleet.rayClusters else f" --ray {ASSUMED}:{HEAD_PORT}"
