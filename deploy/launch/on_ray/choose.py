@@ -87,9 +87,12 @@ def _advice(wanted: Mapping[str, float], nodes: Sequence[RayNode], never: bool, 
 
 
 def _flags(wanted: Mapping[str, float]) -> str:
-    cards = int(wanted.get("GPU", 0)) or 1
+    """How a host that has all of it is started."""
+    cards = int(wanted.get("GPU", 0))
     device = next((name for name in wanted if name.startswith("device:")), "")
-    return f"--resources='{{\"{device}\": {cards}}}'" if device else f"--num-gpus={cards}" if "GPU" in wanted else ""
+    flags = [f"--num-gpus={cards}"] if cards else []
+    flags += [f"--resources='{{\"{device}\": {cards or 1}}}'"] if device else []
+    return " ".join(flags)
 
 
 def _told(wanted: Mapping[str, float]) -> str:
