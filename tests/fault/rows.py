@@ -7,6 +7,7 @@ from tests.fault import (
     rows_client,
     rows_consul,
     rows_engine,
+    rows_floods,
     rows_host,
     rows_input,
     rows_leaving,
@@ -14,13 +15,14 @@ from tests.fault import (
     rows_network,
     rows_process,
     rows_registry,
+    rows_tenants,
     soak,
 )
 from tests.fault.matrix import Row
 
 MODULES = (
     *(rows_process, rows_engine, rows_leaving, rows_network, rows_client, rows_consul, rows_registry, rows_host),
-    *(rows_abuse, rows_input, rows_load, soak),
+    *(rows_abuse, rows_floods, rows_input, rows_load, rows_tenants, soak),
 )
 ROWS: tuple[Row, ...] = tuple(sorted((row for one in MODULES for row in one.ROWS), key=lambda row: row.number))
 

@@ -113,6 +113,34 @@ def _flood(held: contextlib.ExitStack, addresses: list[str], count: int) -> None
             one.connect_ex((host, int(port)))
 
 
+async def disk_full(ground: Ground) -> Measured:
+    """The disk that a gateway keeps its past and its bans on has no byte left."""
+    disk = ground.folder / "disk"
+    disk.mkdir()
+    mounted = await asyncio.create_subprocess_exec("mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk))
+    if await mounted.wait():
+        raise Skipped("a small disk cannot be mounted here")
+    try:
+        kept = ("--explain-dir", str(disk / "past"), "--bans-file", str(disk / "bans.json"))
+        async with fleet(ground.folder, "a", "b", gateway_flags=kept) as mesh:
+            async with streams(mesh.client, 8, tokens=10) as load:
+                await asyncio.sleep(1)
+                with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
+                    while True:
+                        file.write(bytes(4096))
+                await asyncio.sleep(ground.seconds(10))
+                await mesh.client.ban("a")
+                took = await mesh.until(lambda states: states.get("a") == "banned", 5)
+                await asyncio.sleep(1)
+            lines = len(mesh.gateways[0].text().splitlines())
+            alive = not mesh.gateways[0].ended
+    finally:
+        left = await asyncio.create_subprocess_exec("umount", "-l", str(disk))
+        await left.wait()
+    text = f"full for {ground.seconds(10):g} s: {load}; a ban in force after {took:.2f} s; {lines} log lines"
+    return Measured(alive and not load.failures and took < 5 and lines < 200, text)
+
+
 async def no_cpu(ground: Ground) -> Measured:
     """Twice as many busy loops as cores beside everything."""
     async with fleet(ground.folder, "a", "b", "c") as mesh:
@@ -227,6 +255,7 @@ async def _swallow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
 ROWS = (
     Row(44, "wall clock jumps by an hour, both ways", "no effect: 0 failed, nobody out of work", clock_jumps),
     Row(45, "no file descriptors left", "no crash, who has a connection is served, recovers by itself", no_descriptors),
+    Row(46, "disk full", "what is kept is lost, all else goes on: 0 failed", disk_full),
     Row(47, "CPU oversubscribed twofold", "no false ejection, 0 failed", no_cpu, 900),
     Row(49, "names cannot be resolved any more", "who is known stays in work, 0 failed", no_names),
     Row(50, "OTLP collector closed; mute", "no effect on latency or leaving, 0 errors", no_collector),
