@@ -139,8 +139,8 @@ async def thin(ground: Ground) -> Measured:
 
 async def corrupted(ground: Ground) -> Measured:
     """TCP's checksum was right: the proxy wrote a new one. Without TLS nobody can tell a changed letter from a right
-    one, nor a changed request from a wrong one; what is promised is that nothing else breaks. With TLS a changed byte is
-    a lost connection, and nobody may notice."""
+    one, nor a changed request from a wrong one; what is promised is that nothing else breaks. With TLS a changed byte
+    is a lost connection, and nobody may notice."""
     plain = await _corrupted(ground, (), ())
     certificate, key, ca = _certified(ground.folder)
     own = ("--tls-cert-file", certificate, "--tls-key-file", key)
@@ -211,7 +211,7 @@ ROWS = (
     Row(
         27,
         "corrupted bytes, plaintext and TLS",
-        "plaintext: protocol errors are resumed, retried or typed; TLS: 0 failed, 0 changed; no crash, all well afterwards",
+        "plaintext: errors are resumed, retried or typed; TLS: 0 failed, 0 changed; no crash, all well afterwards",
         corrupted,
         240,
     ),

@@ -56,6 +56,7 @@ def docker_engine(*, keep: bool = False) -> Iterator[dict[str, str]]:
         undo.callback(_remove_rules)
         if not keep:
             undo.callback(shutil.rmtree, DATA, ignore_errors=True)
+            undo.callback(_told, ["umount", str(DATA / "data")], os.environ)  # dockerd binds its folder to itself
         yield _started(programs, undo)
 
 

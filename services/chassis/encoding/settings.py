@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, Self
 
@@ -107,8 +108,14 @@ def find_source(source: str) -> str:
 def cores() -> int:
     """CPU cores that this process may use; a container's quota counts."""
     own = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return own
-    return own if quota == "max" else max(1, min(own, round(int(quota) / int(period))))
+    quota, period = _quota(Path("/sys/fs/cgroup"))
+    return max(1, min(own, round(quota / period))) if quota > 0 and period > 0 else own
+
+
+def _quota(root: Path) -> tuple[int, int]:
+    """(microseconds of CPU, in so many) that cgroup v2 or v1 allow; a quota <= 0 = no bound."""
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):
+            quota, period = " ".join((root / name).read_text() for name in names).split()
+            return (0 if quota == "max" else int(quota)), int(period)
+    return 0, 0
