@@ -29,6 +29,7 @@ from tests.bench.pages import put_section
 from tests.bench.peers import CHUNK, ROUTERS, measured, site
 from tests.bench.peers_run import ROOT, drive, engines, routed
 from tests.bench.peers_trace import SCALE, Ask, as_trace, slice_of
+from tests.kit.children import leave_nothing_when_told_to_stop
 
 SEEDS = 6
 INFERMESH = ROUTERS[0]
@@ -106,4 +107,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     main()

@@ -31,6 +31,7 @@ from deploy.planner.placed import Placed
 from deploy.planner.planner import plan
 from infermesh.v1 import language_model_pb2 as lm
 from tests.bench.llama_build import built
+from tests.kit.children import leave_nothing_when_told_to_stop
 from tests.kit.gguf_model import tiny_llama
 from tests.kit.mesh import TestMesh, running_mesh, until
 
@@ -262,4 +263,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     raise SystemExit(main())

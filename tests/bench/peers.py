@@ -32,6 +32,7 @@ from services.gateway.simulator.world import Conditions, simulate
 from tests.bench.pages import put_section
 from tests.bench.peers_run import MODEL, ROOT, Router, Run, drive, engines, routed
 from tests.bench.peers_trace import SCALE, Ask, as_trace, slice_of
+from tests.kit.children import leave_nothing_when_told_to_stop
 
 VERSIONS = {"smg": "1.13.0", "vllm-router": "0.1.17", "sglang-router": "0.3.2"}
 ROUTERS = (
@@ -204,4 +205,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     main()

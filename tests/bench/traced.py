@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from load import Ask, Run, grpc_load
 from pages import put_section
 
-from tests.kit.children import Child, Children
+from tests.kit.children import Child, Children, leave_nothing_when_told_to_stop
 from tests.kit.collector import collector
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "bench.md"
@@ -217,4 +217,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     main()

@@ -48,6 +48,7 @@ from tests.bench.two_vllms_run import (
     mesh,
     write_model,
 )
+from tests.kit.children import leave_nothing_when_told_to_stop
 
 PREFIXES, TIMES = 8, 12
 PREFIX, OWN, OUTPUT = 56 * BLOCK, BLOCK, 4  # tokens
@@ -213,4 +214,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     main()

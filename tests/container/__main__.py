@@ -24,6 +24,7 @@ from tests.container.checks import Lines, confined, killed_and_stopped, leftover
 from tests.container.fleet import ROOT, written
 from tests.container.images import images
 from tests.container.watching import watched
+from tests.kit.children import leave_nothing_when_told_to_stop
 from tests.kit.docker_engine import NoDocker, docker_engine
 
 PAGE = ROOT / "docs" / "deploy.md"
@@ -77,4 +78,5 @@ def proven(folder: Path, lines: Lines) -> None:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     sys.exit(main())

@@ -17,6 +17,7 @@ from pathlib import Path
 from tests.fault import page
 from tests.fault.matrix import Ground, Measured, Result, Row, Skipped
 from tests.fault.rows import chosen
+from tests.kit.children import leave_nothing_when_told_to_stop
 
 
 async def run(row: Row, ground: Ground) -> Result:
@@ -69,4 +70,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     sys.exit(main())

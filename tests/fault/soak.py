@@ -25,6 +25,7 @@ import psutil
 from tests.fault.fleet import Fleet, fleet
 from tests.fault.load import Load, streams
 from tests.fault.matrix import Ground, Measured, Row
+from tests.kit.children import leave_nothing_when_told_to_stop
 
 ALL = ("a", "b", "c", "d")
 SUCCESS = 0.999
@@ -185,4 +186,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    leave_nothing_when_told_to_stop()
     sys.exit(main())

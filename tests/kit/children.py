@@ -19,7 +19,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,15 @@ LEAVE_S = 20.0
 def infermesh(*words: str, python: str = sys.executable) -> list[str]:
     """The command line of a verb, as `up` starts it."""
     return [python, "-P", "-m", "infermesh.cli", *words]
+
+
+def leave_nothing_when_told_to_stop() -> None:
+    """For programs of ours that have children: SIGTERM becomes an exit, on whose way they are ended."""
+
+    def leave(number: int, _: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
 
 
 def environment(root: Path = ROOT, **more: str) -> dict[str, str]:
