@@ -55,6 +55,7 @@ class Core:
     def __init__(self, folder: str, dice: random.Random) -> None:
         config = AsyncEngineArgs(model=folder, tokenizer=folder, enforce_eager=True).create_engine_config()
         self.model_config: ModelConfig = config.model_config
+        self.observability_config = config.observability_config
         self.renderer = renderer_from_config(config)
         self.tokenizer = self.renderer.get_tokenizer()
         self.eos = self.tokenizer.eos_token_id
