@@ -17,7 +17,9 @@ from registry.port import RegistryError, check_registrable
 log = logging.getLogger("infermesh.registry.consul")
 
 DEPARTURE_S: Final = 3.0  # how long a departure may take in all
-GOODBYE_S: Final = 0.3  # how long a leaving instance is listed as critical: watchers see a departure, not a loss
+# How long a leaving instance is listed as critical, so that watchers see a departure, not a loss: longer than a busy
+# watcher's pause between two queries (`consul_watch.Pace`), with room for a loaded Consul.
+GOODBYE_S: Final = 0.8
 
 
 class _Hold:

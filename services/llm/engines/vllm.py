@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STILL_LOADING_S = 10.0  # between two lines for an operator who waits
 BREATH = 32  # replayed tokens between two breaths of the event loop
 CHECK_S = 0.25  # how often a live engine process is asked whether its engine lives
+REAPING_S = 0.05  # vLLM waits for its processes too: while one of us reaps one, the other sees no exit code
 
 
 class VllmEngine:
@@ -251,14 +252,23 @@ class VllmEngine:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(CHECK_S):
                         await gone.wait()
-                for process in self._processes:
-                    if process.exitcode is not None:
-                        return f"vLLM's {process.name} (pid {process.pid}) ended with {_ending(process.exitcode)}"
-                if launched.engine.errored:
+                gave_up = launched.engine.errored
+                if gave_up or gone.is_set():
+                    await asyncio.sleep(REAPING_S)
+                    if ended := self._ended():
+                        return ended
+                if gave_up:
                     return f"vLLM's engine gave up: {launched.engine.dead_error}"
         finally:
             for process in self._processes:
                 loop.remove_reader(process.sentinel)
+
+    def _ended(self) -> str:
+        """Which of the engine's processes is over, and how; empty while none is."""
+        for process in self._processes:
+            if process.exitcode is not None:
+                return f"vLLM's {process.name} (pid {process.pid}) ended with {_ending(process.exitcode)}"
+        return ""
 
     async def close(self) -> None:
         """Also in the middle of a load, which cannot be interrupted but fails when its processes go."""
