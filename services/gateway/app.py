@@ -116,7 +116,8 @@ async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMe
         extra={"http": _http_address(gateway)} if gateway.rest else {},
     )
     bans, own = gateway.directory.bans, endpoint.extra
-    endpoint = replace(endpoint, extra={**own, **bans.metadata})
+    banned = bans.metadata
+    endpoint = replace(endpoint, extra={**own, **banned})
     code = 1
     try:
         await _rest_started(gateway, tasks)
@@ -128,7 +129,7 @@ async def run(settings: GatewaySettings, stop: Stop | None = None, meter: HoldMe
             async def publish(metadata: dict[str, str]) -> None:
                 await registry.renew(replace(endpoint, extra={**own, **metadata}))
 
-            bans.publish = publish
+            await bans.tell(publish, banned)
         _ready(gateway, endpoint, bound)
         log.info("serving", grpc=f"{host}:{bound}", http=_http_address(gateway))
         # What is loaded by now stays: a full collection would walk it again and again (tens of ms on the loop).

@@ -19,6 +19,7 @@ from services.gateway.routing.decision import Abandon, Lease, Record
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.channels import Channels
+from services.gateway.upstream.link import Link
 from tests.kit.fake_instance import fake_instance
 from tests.kit.mesh import until
 from tests.kit.routing import endpoint, router
@@ -141,3 +142,20 @@ async def test_what_follows_the_fleet_ends_when_it_is_told_to_in_the_moment_of_a
             task.cancel()
             done, _ = await asyncio.wait({task}, timeout=2)
             assert done
+
+
+async def test_a_life_that_is_over_is_not_dialled_again() -> None:
+    """What is opened then, nobody would close."""
+    async with fake_instance("a") as a, upstream(a) as up:
+        carrier, gone = up.carrier, replace(a.endpoint, incarnation=8)
+        await carrier._ask(gone)
+        await Link(carrier, gone, "gw-test").run()
+        assert list(carrier.channels._lines) == [("a", 7)]
+
+
+async def test_a_link_that_ended_though_its_life_goes_on_is_made_again() -> None:
+    async with fake_instance("a") as a, upstream(a) as up:
+        ((_, task),) = up.directory._links.values()
+        task.cancel()
+        await asyncio.wait({task})
+        await until(lambda: a.links == 2 and up.state("a") == "healthy", 10)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +137,7 @@ async def test_only_the_own_tenants_are_found_and_after_a_restart_too(tmp_path: 
     assert await kept_here.find('r2"', lambda _: True) is None
     await kept_here.close()
     again = Decisions(Ring(tmp_path, 1 << 20))
-    assert await again.find("r2", lambda _: True) and again.since()
+    assert await again.find("r2", lambda _: True) and await again.since()
     await again.close()
 
 
@@ -174,4 +176,36 @@ async def test_keeping_costs_a_request_nothing_to_speak_of_and_a_slow_disk_no_me
         assert [(line["why"], line["lost"]) for line in logs] == [("TypeError: odd", 4)]
     kept_here.keep(report("last"))
     assert await kept_here.find("last", lambda _: True), "and works again when the disk does"
+    await kept_here.close()
+
+
+async def test_whoever_leaves_while_his_answer_is_looked_up_lets_no_two_write_at_once(tmp_path: Path) -> None:
+    ring = Ring(tmp_path, 1 << 20)
+    kept_here, append = Decisions(ring), ring.append
+    begun, go_on = threading.Semaphore(0), threading.Event()
+    inside = 0
+
+    def slow(lines: Sequence[bytes]) -> None:
+        nonlocal inside
+        inside += 1
+        assert inside == 1
+        begun.release()
+        go_on.wait()
+        append(lines)
+        inside -= 1
+
+    ring.append = slow  # type: ignore[method-assign]
+    for id in ("r1", "r2"):
+        kept_here.keep(report(id))
+        asking = asyncio.create_task(kept_here.find(id, lambda _: True))
+        await asyncio.sleep(0)
+        if id == "r1":
+            assert await asyncio.to_thread(begun.acquire, timeout=30)
+        asking.cancel()
+        await asyncio.wait({asking})
+    kept_here.keep(report("r3"))
+    found = asyncio.create_task(kept_here.find("r3", lambda _: True))
+    assert not await asyncio.to_thread(begun.acquire, timeout=0.2), "the first one still writes"
+    go_on.set()
+    assert await found and all([await kept_here.find(id, lambda _: True) for id in ("r1", "r2")])
     await kept_here.close()

@@ -89,7 +89,7 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
         found = await self._decisions.find(request_id, lambda tenant: mine is None or tenant == mine)
         if found is not None:
             return ms.ExplainResponse(decision_json=json.dumps(found))
-        since = await asyncio.to_thread(self._decisions.since)
+        since = await self._decisions.since()
         back = f"since {datetime.fromtimestamp(since, UTC):%Y-%m-%d %H:%M:%S} UTC" if since else "nothing yet"
         raise MeshError(
             Reason.NOT_FOUND,
@@ -122,6 +122,8 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
         self._keys.operator(metadata_value(context, "authorization"))
         if not request.instance_id:
             raise invalid("instance_id", "whom?")
+        if request.HasField("for_ms") and not request.for_ms:
+            raise invalid("for_ms", "at least 1; leave it unset for a ban that holds until it is lifted")
         for_s = request.for_ms / 1000 if request.HasField("for_ms") else None
         await self._directory.ban(request.instance_id, request.by, request.why, for_s, lifted=request.lift)
         return ms.BanInstanceResponse()

@@ -9,7 +9,8 @@ import asyncio
 import dataclasses
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import orjson
 import structlog
@@ -27,6 +28,7 @@ REQUEST = (
     *("request_id", "method", "tenant", "model", "outcome", "instance", "served_model", "attempts"),
     *("ttft_s", "duration_s", "prompt_tokens", "completion_tokens", "cached_tokens"),
 )
+T = TypeVar("T")
 log = structlog.get_logger("past")
 
 
@@ -93,7 +95,9 @@ class Decisions:
         self._pending: list[tuple[float, Report]] = []
         self._dropped = 0
         self._warned = float("-inf")
-        self._writing = asyncio.Lock()
+        # One thread for all that touches the ring: what it began goes on when whoever waits for it is cancelled, and
+        # two at once would write into each other's files.
+        self._thread = ThreadPoolExecutor(1, "past-decisions")
 
     def keep(self, report: Report) -> None:
         """Takes note of the end of a request."""
@@ -108,17 +112,16 @@ class Decisions:
             await self.flush()
 
     async def flush(self) -> None:
-        async with self._writing:
-            while self._pending:
-                batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
-                try:
-                    await asyncio.to_thread(self._write, batch)
-                except Exception as error:  # a full disk, or a fault of ours: serving goes on without
-                    self._dropped += len(batch)
-                    self._warn(f"{type(error).__name__}: {error}")
-                    return
-            if self._dropped:
-                self._warn("the disk is too slow")
+        while self._pending:
+            batch, self._pending = self._pending[:BATCH], self._pending[BATCH:]
+            try:
+                await asyncio.shield(self._run(self._write, batch))
+            except Exception as error:  # a full disk, or a fault of ours: serving goes on without
+                self._dropped += len(batch)
+                self._warn(f"{type(error).__name__}: {error}")
+                return
+        if self._dropped:
+            self._warn("the disk is too slow")
 
     def _warn(self, why: str) -> None:
         now = time.monotonic()
@@ -130,15 +133,20 @@ class Decisions:
         """The newest request of that id, of a tenant that `may` be shown."""
         await self.flush()
         beginning = orjson.dumps({"request_id": request_id})[:-1] + b","
-        async with self._writing:  # one search at a time: it reads the whole ring
-            return await asyncio.to_thread(self._search, beginning, may)
+        return await self._run(self._search, beginning, may)
 
-    def since(self) -> float | None:
-        return self._ring.since()
+    async def since(self) -> float | None:
+        """Unix time of the oldest that is kept; None while there is nothing."""
+        return await self._run(self._ring.since)
 
     async def close(self) -> None:
         await self.flush()
-        self._ring.close()
+        await self._run(self._ring.close)
+        self._thread.shutdown()
+
+    async def _run(self, work: Callable[..., T], *given: object) -> T:
+        """In the thread, after what was asked of it before."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work, *given)
 
     def _write(self, batch: list[tuple[float, Report]]) -> None:
         self._ring.append([kept(at, report) for at, report in batch])

@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from math import isfinite
 
 from infermesh.errors import MeshError, Reason
+from registry.endpoint import unusable_id
 
 MOST = 32  # Consul takes 64 keys of metadata
 KEEP_LIFTED_S = 86_400.0  # so that a gateway that was cut off for a day brings no lifted ban back
@@ -61,18 +63,25 @@ class Bans:
         self.known[ban.id] = replace(ban, at=at)
 
     def merge(self, others: Iterable[Ban], now: float) -> bool:
-        """Takes in what others know; forgets what is long over. Whether anything is new."""
+        """Takes in what others know; forgets what is long over. Whether anything is new.
+
+        Of too many, all gateways keep the same: those that hold, the oldest first (the others were put where nobody
+        knew of these), then those that were lifted or ended last.
+        """
         before = dict(self.known)
         for ban in others:
             mine = self.known.get(ban.id)
-            if mine is None and len(self.known) >= MOST:
-                continue
             if mine is None or ban > mine:
                 self.known[ban.id] = ban
         for id, ban in list(self.known.items()):
             over = ban.at if ban.lifted else ban.until
             if not ban.holds(now) and now - over > KEEP_LIFTED_S:
                 del self.known[id]
+        if len(self.known) > MOST:
+            ranks = {
+                id: (not ban.holds(now), ban.at if ban.holds(now) else -ban.at, id) for id, ban in self.known.items()
+            }
+            self.known = {id: self.known[id] for id in sorted(ranks, key=ranks.__getitem__)[:MOST]}
         return before != self.known
 
     def holding(self, now: float) -> dict[str, str]:
@@ -85,14 +94,20 @@ class Bans:
 
 
 def encode(ban: Ban) -> str:
-    """As one value of metadata; a long reason is cut."""
+    """As one value of metadata, which holds no unprintable characters; a long reason, and a long name, are cut."""
     given = {key: value for key, value in asdict(ban).items() if value}
-    for words in (len(ban.why), 100, 40, 0):
-        given["why"] = ban.why[:words]
+    why, by = plain(ban.why), plain(ban.by)
+    for words, name in ((len(why), 64), (100, 64), (40, 32), (0, 0)):
+        given |= {"why": why[:words], "by": by[:name]}
         text = json.dumps(given, ensure_ascii=False, separators=(",", ":"))
         if len(text.encode()) <= LONGEST_VALUE:
             break
     return text
+
+
+def plain(text: str) -> str:
+    """With a blank for what cannot be printed: line ends, and the blanks that web pages and chats are full of."""
+    return "".join(char if char.isprintable() else " " for char in text)
 
 
 def decode(text: str) -> Ban | None:
@@ -100,9 +115,9 @@ def decode(text: str) -> Ban | None:
     try:
         given = json.loads(text)
         ban = Ban(**given)
-        numbers = all(isinstance(value, int | float) for value in (ban.at, ban.until))
+        numbers = all(isinstance(value, int | float) and isfinite(value) for value in (ban.at, ban.until))
         texts = all(isinstance(value, str) for value in (ban.id, ban.by, ban.why))
-        return ban if numbers and texts and isinstance(ban.lifted, bool) and ban.id else None
+        return ban if numbers and texts and isinstance(ban.lifted, bool) and not unusable_id(ban.id) else None
     except (ValueError, TypeError):
         return None
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,12 +19,12 @@ from services.gateway.upstream.carrier import Carrier
 GATEWAY = "gateway"
 END_S = 0.5
 AGAIN_S = 1.0
+Publish = Callable[[dict[str, str]], Awaitable[None]]
 log = structlog.get_logger("bans")
 
 
 class BanBoard:
-    """`file` keeps them over a restart of the last gateway. `publish` puts metadata into this gateway's registration;
-    until it is set, nobody is told."""
+    """`file` keeps them over a restart of the last gateway."""
 
     def __init__(self, carrier: Carrier, file: Path | None = None, unix: Callable[[], float] = time.time) -> None:
         """Raises ValueError: the file cannot be read. Bans that are lost unseen are worse than no start."""
@@ -33,7 +33,7 @@ class BanBoard:
         self._unix = unix
         self._bans = Bans()
         self.holding: dict[str, str] = {}  # instance -> who banned it and why
-        self.publish: Callable[[dict[str, str]], Awaitable[None]] | None = None
+        self._publish: Publish | None = None
         if file is not None:
             self._bans.merge(_read(file), unix())
             self._apply()
@@ -42,6 +42,13 @@ class BanBoard:
     def metadata(self) -> dict[str, str]:
         """For this gateway's registration."""
         return self._bans.metadata()
+
+    async def tell(self, publish: Publish, told: Mapping[str, str]) -> None:
+        """From now on `publish` puts what changes into this gateway's registration, which says `told` so far: what was
+        heard while it was under way is told at once."""
+        self._publish = publish
+        if self.metadata != told:
+            await publish(self.metadata)
 
     async def run(self) -> None:
         """Bans end by themselves."""
@@ -73,7 +80,7 @@ class BanBoard:
             MeshError: there are too many.
         """
         now = self._unix()
-        self._bans.put(Ban(now, id, by, why, now + for_s if for_s else 0.0, lifted))
+        self._bans.put(Ban(now, id, by, why, now + for_s if for_s is not None else 0.0, lifted))
         log.warning("ban lifted" if lifted else "instance banned", instance=id, by=by, why=why, for_s=for_s)
         await self._changed()
 
@@ -81,8 +88,8 @@ class BanBoard:
         self._apply()
         if self._file is not None:
             _write(self._file, list(self._bans.known.values()))
-        if self.publish is not None:
-            await self.publish(self.metadata)
+        if self._publish is not None:
+            await self._publish(self.metadata)
 
     def _apply(self) -> None:
         holding = self._bans.holding(self._unix())

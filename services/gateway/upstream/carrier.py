@@ -181,11 +181,13 @@ class Carrier:
         task.add_done_callback(lambda _: self._probes.pop(life))
 
     async def _ask(self, endpoint: Endpoint) -> None:
-        well = await self._check(endpoint)
-        while well is None:
+        well = None
+        # Whoever dials a life that is over opens connections that nobody will close.
+        while well is None and self.router.fleet.life(endpoint.id, endpoint.incarnation) is not None:
             well = await self._check(endpoint)
-        self.do(self.router.probed(endpoint.id, endpoint.incarnation, well, self.now()))
-        self.touch()
+        if well is not None:
+            self.do(self.router.probed(endpoint.id, endpoint.incarnation, well, self.now()))
+            self.touch()
 
     async def _check(self, endpoint: Endpoint) -> bool | None:
         """Whether its health says SERVING; None where nobody can tell: the deadline passed while our own loop stood."""

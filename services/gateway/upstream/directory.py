@@ -11,9 +11,9 @@ from contextlib import suppress
 import grpc.aio
 import structlog
 
-from infermesh.errors import MeshError, Reason, from_rpc
+from infermesh.errors import MeshError, Reason, from_rpc, invalid
 from infermesh.v1 import worker_pb2 as wk
-from registry.endpoint import Endpoint, Rejected, to_metadata
+from registry.endpoint import Endpoint, Rejected, to_metadata, unusable_id
 from registry.port import Registry, Snapshot
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts, Member
@@ -93,7 +93,7 @@ class Directory:
         now = int(time.time())
         for life, endpoint in wanted.items():
             self._created.setdefault((endpoint.kind, endpoint.model), now)
-            if life not in self._links:
+            if life not in self._links or self._links[life][1].done():
                 link = Link(self._carrier, endpoint, self._gateway_id)
                 self._links[life] = (link, asyncio.create_task(link.run(), name=f"link-{endpoint.id}"))
 
@@ -183,8 +183,11 @@ class Directory:
         """Takes an instance out of work on all gateways, or lifts that. It need not be registered now.
 
         Raises:
-            MeshError: NOT_FOUND for a ban to lift that is not there; FAILED_PRECONDITION: too many.
+            MeshError: NOT_FOUND for a ban to lift that is not there; INVALID_ARGUMENT: no instance can have that id;
+                FAILED_PRECONDITION: too many.
         """
+        if not lifted and (fault := unusable_id(instance_id)):
+            raise invalid("instance_id", fault)
         if lifted and instance_id not in self.bans.holding:
             raise MeshError(
                 Reason.NOT_FOUND, f"{instance_id!r} is not banned; `infermesh instances` lists those who are"

@@ -31,7 +31,8 @@ class WrongPeer(Exception):
 
 
 class Link:
-    """Runs until cancelled, or until the instance says goodbye. `wrong` tells who answered instead, if anybody."""
+    """Runs until cancelled, until the instance says goodbye, or until the router knows its life no more. `wrong` tells
+    who answered instead, if anybody."""
 
     def __init__(self, carrier: Carrier, endpoint: Endpoint, gateway_id: str) -> None:
         self.address = endpoint.address
@@ -43,7 +44,7 @@ class Link:
     async def run(self) -> None:
         pause = FIRST_PAUSE_S
         carrier, id, incarnation = self._carrier, self._endpoint.id, self._endpoint.incarnation
-        while True:
+        while carrier.router.fleet.life(id, incarnation) is not None:
             why = "the instance ended its Link"
             try:
                 async with aclosing(self._frames()) as frames:
