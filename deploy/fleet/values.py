@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
+from deploy.fleet.tls import Tls
+
 Kind = Literal["llm", "embedding", "rerank"]
 Engine = Literal["vllm", "openai-http", "scripted", "sentence-transformers"]
 ENGINES_OF: dict[str, tuple[str, ...]] = {
@@ -261,6 +263,7 @@ class Fleet(Part):
     instances: tuple[Instance, ...] = ()
     registry: Annotated[str, Field(pattern=r"^((mesh|consuls?)://\S+)?$")] = ""  # default: the one that `up` hosts
     gateway: Gateway = Gateway()
+    tls: Tls = Tls()
     routing: Routing = Routing()
     devices: dict[str, Device] = {}  # cards that the hardware catalogue lacks, or corrections
     calibration: str = ""  # file of measured speeds; default: .infermesh/calibration.yaml

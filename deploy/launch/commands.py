@@ -9,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from deploy.fleet import Fault, Fleet, Instance, Model
+from deploy.fleet.tls import Certificate
 
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}  # ours -> vLLM's
 # Of our own variables a child inherits only these: an INFERMESH_LISTEN meant for one must not reach all of them.
@@ -29,6 +30,22 @@ class Host:
 
 
 @dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """A certificate and its key as a process sees them; `ca` vouches for it, and it is for `name`."""
+
+    cert: str
+    key: str
+    ca: str
+    name: str
+
+
+def tls_files(certificate: Certificate, folder: str = "") -> TlsFiles:
+    """`folder`: where a process finds what the fleet file has in its own folder."""
+    crt, key, ca = (str(Path(folder or certificate.folder) / name) for name in ("tls.crt", "tls.key", "ca.crt"))
+    return TlsFiles(crt, key, ca, certificate.name)
+
+
+@dataclass(frozen=True, slots=True)
 class Shared:
     """What all children are told alike. Empty = not told."""
 
@@ -42,6 +59,7 @@ class Shared:
     otlp_ratio: float = 1.0
     calibration: str = ""  # file of measured speeds
     registry_options: Mapping[str, str] = field(default_factory=dict)  # of Consul: prefix, token and TLS files
+    instances_tls: TlsFiles | None = None  # instances serve over TLS, and the gateway asks for that
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +134,8 @@ def gateway_command(
     argv = [host.python, "-P", "-m", "infermesh.cli", "gateway", "--grpc", grpc, "--http", http]
     if tls is not None:
         argv += ["--tls-cert-file", tls[0], "--tls-key-file", tls[1]]
+    if inside := shared.instances_tls:
+        argv += ["--instances-ca-file", inside.ca, "--instances-tls-name", inside.name]
     argv += [*_routing(fleet), *_shared(shared), "--ready-file", str(ready_file)]
     return Command(tuple(argv), _environ(host))
 
@@ -188,6 +208,8 @@ def instance_command(
                 argv += [f"--{name}", str(item)]
     if shared.calibration:
         argv += ["--calibration", shared.calibration]
+    if inside := shared.instances_tls:
+        argv += ["--tls-cert-file", inside.cert, "--tls-key-file", inside.key]
     argv += [*_shared(shared), "--ready-file", str(ready_file)]
     cards = ",".join(map(str, instance.cards))
     visible = {"CUDA_VISIBLE_DEVICES": cards} if engine == "vllm" and cards else {}

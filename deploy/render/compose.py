@@ -14,6 +14,7 @@ import yaml
 
 from deploy.fleet import Fault, Fleet, FleetError, Instance, unserved
 from deploy.launch.commands import of_this_host
+from deploy.render import tls
 from deploy.render.container import (
     GRPC,
     HTTP,
@@ -62,10 +63,11 @@ def compose(fleet: Fleet, site: Site, shipped: Mapping[str, str], *, node: str =
         made = instance_container(fleet, instance, site, advertise=told)
         services[made.name] = _instance(fleet, made, site, own_consul, port)
         files |= {f"files/{made.name}/{Path(path).name}": text for path, text in made.files.items()}
-    watching, watching_files = observability(shipped, keys=not fleet.gateway.insecure)
+    watching, watching_files = observability(shipped, keys=not fleet.gateway.insecure, door=fleet.tls.gateway)
     services |= watching
     secrets = sorted({secret for one in services.values() for secret in one.get("secrets", ())})
-    volumes = sorted({str(mount).split(":")[0] for one in services.values() for mount in one.get("volumes", ())})
+    mounts = [mount for one in services.values() for mount in one.get("volumes", ())]
+    volumes = sorted({mount.split(":")[0] for mount in mounts if isinstance(mount, str)})
     document = {
         "name": "infermesh",
         "services": services,
@@ -75,7 +77,7 @@ def compose(fleet: Fleet, site: Site, shipped: Mapping[str, str], *, node: str =
     files["compose.yaml"] = "# Made by `infermesh render compose`.\n" + yaml.safe_dump(
         document, sort_keys=False, width=120
     )
-    remarks = [*container_remarks(fleet), *_remarks(fleet, secrets)]
+    remarks = [*container_remarks(fleet), *_remarks(fleet, secrets), *tls.compose_remarks(fleet, UID)]
     return Rendered({**files, **watching_files}, tuple(remarks))
 
 
@@ -134,7 +136,7 @@ def _consul() -> dict[str, Any]:
     }
 
 
-def _ours(made: Container, site: Site, port: int, start_s: float, own_consul: bool) -> dict[str, Any]:
+def _ours(made: Container, site: Site, health: list[str], start_s: float, own_consul: bool) -> dict[str, Any]:
     """What gateway and instances have in common."""
     found: dict[str, Any] = {
         "image": made.image,
@@ -143,7 +145,7 @@ def _ours(made: Container, site: Site, port: int, start_s: float, own_consul: bo
         "command": [word.replace("$", "$$") for word in made.arguments],  # `$` starts a variable there
         "stop_grace_period": f"{site.grace_s + STOP_MARGIN_S:g}s",
         "healthcheck": {
-            "test": ["CMD", "infermesh", "health", f"127.0.0.1:{port}"],
+            "test": ["CMD", *health],
             "interval": "15s",
             "timeout": "10s",
             "retries": 3,
@@ -162,11 +164,11 @@ SPANS = {"INFERMESH_OTLP": "${INFERMESH_OTLP:-}"}
 
 
 def _gateway(fleet: Fleet, made: Container, site: Site, own_consul: bool) -> dict[str, Any]:
-    found = _ours(made, site, GRPC, 60, own_consul)
+    found = _ours(made, site, tls.health(GRPC, tls.door(fleet)), 60, own_consul)
     found["environment"] = dict(SPANS)
     doors = ((fleet.gateway.grpc, GRPC), (fleet.gateway.http, HTTP))
     found["ports"] = [_published(address, inside) for address, inside in doors if address]
-    found["volumes"] = ["gateway-state:/state"]
+    found["volumes"] = ["gateway-state:/state", *tls.host_mounts(fleet, gateway=True)]
     if secrets := secrets_of(fleet):
         found["secrets"] = secrets
     return found
@@ -179,13 +181,14 @@ def _published(address: str, inside: int) -> str:
 def _instance(fleet: Fleet, made: Container, site: Site, own_consul: bool, port: int) -> dict[str, Any]:
     instance = made.instance
     assert instance is not None
-    found = _ours(made, site, SERVICE, START_S, own_consul)
+    found = _ours(made, site, tls.health(SERVICE, tls.inside(fleet)), START_S, own_consul)
     found["environment"] = SPANS | {key: value.replace("$", "$$") for key, value in made.environment.items()}
     if instance.labels:
         found["labels"] = {key: value.replace("$", "$$") for key, value in instance.labels.items()}
     store = f"models-{made.name}" if instance.storage else "models"
     found["volumes"] = [f"{store}:{MODELS}", "cache:/cache", *_weights(fleet, instance)]
     found["volumes"] += [f"./files/{made.name}/{Path(path).name}:{path}:ro" for path in made.files]
+    found["volumes"] += tls.host_mounts(fleet, gateway=False)
     if port:
         found["ports"] = [f"{port}:{SERVICE}"]
     if secrets := secrets_of(fleet, instance):

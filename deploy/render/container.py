@@ -16,6 +16,7 @@ from deploy.fleet import Fault, Fleet, Instance
 from deploy.launch.cards import gpus_of
 from deploy.launch.commands import Host, Shared, gateway_command, instance_command, start_faults
 from deploy.planner.catalogue import Catalogue
+from deploy.render import tls
 
 UID = 10001  # the user of our images
 GRPC, HTTP, SERVICE = 50050, 8000, 50051  # ports inside the containers
@@ -68,8 +69,15 @@ def slug(id: str) -> str:
 
 
 def gateway_container(fleet: Fleet, site: Site, advertise: str = "") -> Container:
+    certificate = tls.door(fleet)
     made = gateway_command(
-        fleet, _host(0), _shared(fleet, site), grpc=f"0.0.0.0:{GRPC}", http=f"0.0.0.0:{HTTP}", ready_file=FILES
+        fleet,
+        _host(0),
+        _shared(fleet, site),
+        grpc=f"0.0.0.0:{GRPC}",
+        http=f"0.0.0.0:{HTTP}",
+        ready_file=FILES,
+        tls=(certificate.cert, certificate.key) if certificate else None,
     )
     told = ("--advertise", advertise) if advertise else ()
     arguments = (*_after_infermesh(made.argv), *told)
@@ -187,7 +195,7 @@ def _keys(fleet: Fleet) -> tuple[str, str]:
 def _shared(fleet: Fleet, site: Site) -> Shared:
     gateway = fleet.gateway
     shared = Shared(site.registry, insecure=gateway.insecure, grace_s=site.grace_s)
-    shared = replace(shared, otlp=gateway.otlp, otlp_ratio=gateway.otlp_ratio)
+    shared = replace(shared, otlp=gateway.otlp, otlp_ratio=gateway.otlp_ratio, instances_tls=tls.inside(fleet))
     if gateway.insecure:
         return shared
     keys, operator = _keys(fleet)

@@ -16,6 +16,7 @@ import yaml
 from deploy.fleet import Fault, Fleet, FleetError, Instance, unserved
 from deploy.launch.cards import gpus_of
 from deploy.render import k8s_objects as k8s
+from deploy.render import tls
 from deploy.render.compose import CONSUL, SHM_PER_GPU_GIB
 from deploy.render.container import (
     GRPC,
@@ -121,14 +122,15 @@ def _gateway(fleet: Fleet, site: Site, classes: list[Class]) -> list[k8s.Object]
     scale = [word for one in classes if one.scaled for word in ("--scale", f"{one.name}={one.least}:{one.most}")]
     made = replace(made, arguments=(*made.arguments, "--id", "$(POD_NAME)", *scale))
     ports = {"grpc": GRPC, "http": HTTP}
+    certificates = list(tls.secret_mounts(fleet, gateway=True))
     template = k8s.pod(
         name,
         made,
         grace_s=site.grace_s,
-        probes=k8s.http_probes(),
+        probes=k8s.http_probes(over_tls=fleet.tls.gateway is not None),
         ports=ports,
-        volumes=[{"name": "state", "emptyDir": {}}],
-        mounts=[{"name": "state", "mountPath": "/state"}],
+        volumes=[{"name": "state", "emptyDir": {}}, *(volume for volume, _ in certificates)],
+        mounts=[{"name": "state", "mountPath": "/state"}, *(mount for _, mount in certificates)],
         secrets=secrets_of(fleet),
         resources={"requests": {"cpu": "1", "memory": "512Mi"}, "limits": {"memory": "2Gi"}},
         selector={},
@@ -168,6 +170,10 @@ def _class(fleet: Fleet, one: Class, site: Site, autoscaler: str) -> list[k8s.Ob
         objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": texts})
         volumes.append({"name": "files", "configMap": {"name": f"{one.name}-files"}})
         mounts.append({"name": "files", "mountPath": next(iter(made.files)).rpartition("/")[0]})
+    for volume, mount in tls.secret_mounts(fleet, gateway=False):
+        volumes.append(volume)
+        mounts.append(mount)
+    certificate = tls.inside(fleet)
     more = {key: value for key, value in instance.labels.items() if key not in k8s.labels(one.name)}
     if instance.ray_cluster is not None:
         more[RAY_LABEL] = label_value(str(instance.ray_cluster))
@@ -175,7 +181,7 @@ def _class(fleet: Fleet, one: Class, site: Site, autoscaler: str) -> list[k8s.Ob
         one.name,
         made,
         grace_s=site.grace_s,
-        probes=k8s.grpc_probes(),
+        probes=k8s.grpc_probes(tls.health(SERVICE, certificate) if certificate else ()),
         ports={"grpc": SERVICE},
         volumes=volumes,
         mounts=mounts,
@@ -244,6 +250,7 @@ def _remarks(fleet: Fleet, classes: list[Class], autoscaler: str, site: Site) ->
         names = sorted({secret for one in classes for secret in secrets_of(fleet, one.instances[0])})
         given = " ".join(f"--from-file={name}" for name in names)
         yield f"the pods want a Secret: kubectl create secret generic {k8s.SECRET} {given}"
+    yield from tls.k8s_remarks(fleet)
     devices = sorted({value for one in classes for key, value in one.selector if key == DEVICE_LABEL})
     if devices:
         yield f"label the nodes: kubectl label node NODE {DEVICE_LABEL}={' | '.join(devices)}"

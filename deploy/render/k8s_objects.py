@@ -85,12 +85,16 @@ def _from_the_pod() -> list[Object]:
     return [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
 
 
-def grpc_probes() -> Object:
-    """The kubelet speaks gRPC health. A draining instance is unready, not dead: liveness asks for the port only."""
-    ask = {"grpc": {"port": SERVICE}, "timeoutSeconds": 5}
+def grpc_probes(health: Sequence[str] = ()) -> Object:
+    """The kubelet speaks gRPC health, but not over TLS: there the container asks itself by `health`, a command that
+    takes a moment of a core. A draining instance is unready, not dead: liveness asks for the port only."""
+    ask: Object = {"grpc": {"port": SERVICE}, "timeoutSeconds": 5}
+    every = 5
+    if health:
+        ask, every = {"exec": {"command": list(health)}, "timeoutSeconds": 10}, 15
     return {
         "startupProbe": {**ask, "periodSeconds": 10, "failureThreshold": START_S // 10},
-        "readinessProbe": {**ask, "periodSeconds": 5},
+        "readinessProbe": {**ask, "periodSeconds": every},
         "livenessProbe": {
             "tcpSocket": {"port": SERVICE},
             "periodSeconds": 15,
@@ -100,9 +104,10 @@ def grpc_probes() -> Object:
     }
 
 
-def http_probes() -> Object:
+def http_probes(*, over_tls: bool = False) -> Object:
     def ask(path: str) -> Object:
-        return {"httpGet": {"path": path, "port": HTTP}, "timeoutSeconds": 5}
+        scheme = {"scheme": "HTTPS"} if over_tls else {}
+        return {"httpGet": {"path": path, "port": HTTP, **scheme}, "timeoutSeconds": 5}
 
     return {
         "startupProbe": {**ask("/livez"), "periodSeconds": 2, "failureThreshold": 60},

@@ -13,7 +13,7 @@ import yaml
 
 from deploy.fleet import Fleet, FleetError, Instance, Node, unserved
 from deploy.fleet.values import RayCluster
-from deploy.launch.commands import Shared, start_faults
+from deploy.launch.commands import Shared, start_faults, tls_files
 from deploy.launch.on_ray.command import node_command
 from deploy.launch.on_ray.need import clusters, ray_faults, ray_remarks
 from deploy.launch.programs import place_of
@@ -59,6 +59,7 @@ def _placement(fleet: Fleet, instance: Instance, found: tuple[RayCluster, ...], 
         site.grace_s,
         otlp=gateway.otlp,
         otlp_ratio=gateway.otlp_ratio,
+        instances_tls=fleet.tls.instances and tls_files(fleet.tls.instances),
     )
     made = node_command(fleet, instance, need, shared, str, site.reckoned.get(instance.id, {}), group_of(instance))
     return {

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager
 
     from deploy.fleet import Fleet
-    from deploy.launch.commands import Host
+    from deploy.launch.commands import Host, TlsFiles
 
 
 def command(
@@ -79,7 +79,6 @@ def command(
     from infermesh.cli.connect import api_key
     from infermesh.cli.registry import hosted_registry
     from infermesh.client import AsyncClient
-    from services.chassis.certificates import TlsSettings
     from services.chassis.keys import load_keys
 
     if sum(map(bool, (fleet, adopt, llm_source))) > 1:
@@ -96,6 +95,7 @@ def command(
     measured = file_of_fleet(plan, calibration)
     read(measured)  # a fault in it is told before anything is started; each instance reads it at its start
     ours = plan.gateway
+    door, inside = certificates(plan, tls_cert_file, tls_key_file)
     rest = http or ours.http
     where = Where(
         grpc=grpc or ours.grpc,
@@ -105,12 +105,8 @@ def command(
         keys=bool(keys or ours.keys),
         ray=ray,
         registry_listen=registry_listen or "127.0.0.1:0",
-        tls=(str(tls_cert_file), str(tls_key_file)) if tls_cert_file else None,
+        tls=door,
     )
-    try:
-        TlsSettings(tls_cert_file=tls_cert_file, tls_key_file=tls_key_file).certificate()
-    except ValueError as error:
-        raise Failure(str(error), BAD_USAGE) from None
     if ray and not fleet:
         raise Failure("--ray needs --fleet: which instances shall run there", BAD_USAGE)
     if ray and node:
@@ -136,6 +132,7 @@ def command(
         otlp_ratio=ours.otlp_ratio if otlp_ratio is None else otlp_ratio,
         calibration=str(measured.absolute()),
         registry_options={name: value for name, value in consul.items() if value},
+        instances_tls=inside,
     )
     if shared.registry_options and not where.registry.startswith("consul"):
         raise Failure("--registry-* options are for Consul: --registry consul://HOST:PORT", BAD_USAGE)
@@ -149,8 +146,8 @@ def command(
     async def wanted(address: str) -> dict[str, int]:
         secret = api_key(Path(shared.operator_key_file)) if shared.operator_key_file else ""
         # Its own certificate as the authority: it is this very gateway that is asked, whoever signed it.
-        own = f"grpcs://{address}" if tls_cert_file else address
-        async with AsyncClient(own, api_key=secret, ca_file=str(tls_cert_file or "")) as mesh:
+        own, ca = (f"grpcs://{address}", door[0]) if door else (address, "")
+        async with AsyncClient(own, api_key=secret, ca_file=ca) as mesh:
             return {group.name: group.desired for group in await mesh.groups() if group.desired}
 
     return asyncio.run(run_mesh(plan, host, shared, where, notes, hosted, wanted))
@@ -164,6 +161,29 @@ def _from_file(path: Path) -> Fleet:
     except (OSError, UnicodeDecodeError) as error:
         raise Failure(f"--fleet {path}: {getattr(error, 'strerror', None) or error}", BAD_USAGE) from None
     return parse_fleet(text, str(path))
+
+
+def certificates(
+    plan: Fleet, cert_file: Path | None, key_file: Path | None
+) -> tuple[tuple[str, str] | None, TlsFiles | None]:
+    """The gateway's certificate and key, by option or by the file, and those of the instances. A fault in them is told
+    before anything is started."""
+    from deploy.launch.commands import tls_files
+    from infermesh.transport import trust
+    from services.chassis.certificates import TlsSettings
+
+    inside = tls_files(plan.tls.instances) if plan.tls.instances else None
+    if plan.tls.gateway and not (cert_file or key_file):
+        told = tls_files(plan.tls.gateway)
+        cert_file, key_file = Path(told.cert), Path(told.key)
+    try:
+        TlsSettings(tls_cert_file=cert_file, tls_key_file=key_file).certificate()
+        if inside:
+            TlsSettings(tls_cert_file=Path(inside.cert), tls_key_file=Path(inside.key)).certificate()
+            trust(inside.ca)
+    except (ValueError, OSError) as error:
+        raise Failure(str(error), BAD_USAGE) from None
+    return (str(cert_file), str(key_file)) if cert_file else None, inside
 
 
 def _for_containers(plan: Fleet) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def program() -> Path:
     return root / "usr" / "libexec" / "docker" / "cli-plugins" / "docker-compose"
 
 
-@pytest.mark.parametrize("name", ["containers.yaml", "laptop.yaml", "scripted.yaml"])
+@pytest.mark.parametrize("name", ["containers.yaml", "laptop.yaml", "scripted.yaml", "tls.yaml"])
 def test_compose_takes_the_project_and_an_images_other_name(name: str, tmp_path: Path, program: Path) -> None:
     made = compose(example(name), SITE, shipped_files())
     for path, text in made.files.items():

@@ -320,11 +320,19 @@ def test_keys_and_certificates_hold_for_the_whole_mesh(tmp_path: Path, monkeypat
     authority = trustme.CA()
     authority.cert_pem.write_to_path(tmp_path / "ca.pem")
     own = authority.issue_cert("127.0.0.1")
-    own.cert_chain_pems[0].write_to_path(tmp_path / "own.pem")
-    own.private_key_pem.write_to_path(tmp_path / "own.key")
-    tls = ("--tls-cert-file", "own.pem", "--tls-key-file", "own.key")
-    words = ("--keys", "keys.yaml", "--operator-key-file", "operator.key", *tls)
-    with up(tmp_path, FLEET % {"python": sys.executable}, *words) as mesh:
+    inside = authority.issue_cert("mesh.internal")
+    for one, folder in ((own, "door"), (inside, "inside")):
+        (tmp_path / folder).mkdir()
+        one.cert_chain_pems[0].write_to_path(tmp_path / folder / "tls.crt")
+        one.private_key_pem.write_to_path(tmp_path / folder / "tls.key")
+        authority.cert_pem.write_to_path(tmp_path / folder / "ca.crt")
+    tls = """
+tls:
+  gateway: {name: 127.0.0.1, folder: door}
+  instances: {name: mesh.internal, folder: inside}
+"""
+    words = ("--keys", "keys.yaml", "--operator-key-file", "operator.key")
+    with up(tmp_path, FLEET % {"python": sys.executable} + tls, *words) as mesh:
         wait_for(mesh.is_ready)
         (tmp_path / "client.key").write_text("sk-1")
         monkeypatch.setenv("GRPC_DEFAULT_SSL_ROOTS_FILE_PATH", str(tmp_path / "ca.pem"))
@@ -332,6 +340,8 @@ def test_keys_and_certificates_hold_for_the_whole_mesh(tmp_path: Path, monkeypat
         known = ("--api-key-file", "client.key", *gateway)
         assert f"curl https://{mesh.run_file()['http']}/v1/" in (tmp_path / "stdout").read_text()
         assert mesh.cli("chat", "--max-tokens", "1", "hello", *known).returncode == 0
+        instance = f"grpcs://{mesh.child('s1')['address']}"
+        assert mesh.cli("health", instance, "--tls-name", "mesh.internal").returncode == 0
         refused = mesh.cli("chat", "--max-tokens", "1", "hello", *gateway)
         assert refused.returncode == 1 and "[unauthenticated]" in refused.stderr
         assert "[permission_denied]" in mesh.cli("drain", "s1", *known).stderr

@@ -43,6 +43,8 @@ def parsed(arguments: Sequence[str]) -> Any:
         words = [word.replace(variable, value) for word in words]
     command = command_of(serve_rerank.command, "rerank") if verb == "rerank" else load(verb)
     chosen = command.make_context(verb, words, auto_envvar_prefix=None).params
+    if verb == "health":
+        return chosen
     chosen = {name: value for name, value in chosen.items() if value not in (None, (), [])}
     if verb == "gateway":
         return gateway.settings_of(chosen)

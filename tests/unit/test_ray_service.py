@@ -16,7 +16,7 @@ import pytest
 
 from deploy.fleet import Fleet
 from deploy.launch import sessions
-from deploy.launch.commands import Host, Shared
+from deploy.launch.commands import Host, Shared, TlsFiles
 from deploy.launch.on_ray.cluster import group_name
 from deploy.launch.on_ray.command import ray_command
 from deploy.launch.on_ray.need import clusters
@@ -141,6 +141,16 @@ def test_the_command_line_of_a_node(tmp_path: Path) -> None:
     assert sorted(there.values()) == ["keys.yaml", "op.key", "template.jinja"]
     assert all(there[option(argv, f"--{name}")[0]] for name in ("keys", "operator-key-file", "chat-template"))
     assert "secret" not in json.dumps(spec.text()) and not spec.need.spans
+
+
+def test_certificates_travel_to_the_node(tmp_path: Path) -> None:
+    files = TlsFiles(str(tmp_path / "tls.crt"), str(tmp_path / "tls.key"), str(tmp_path / "ca.crt"), "mesh.internal")
+    for path in (files.cert, files.key):
+        Path(path).write_text(path)
+    argv, spec = command({"tp": 1}, tmp_path, Shared("mesh://h:1", instances_tls=files))
+    there = {name: content.decode() for name, content in shipped(spec).items()}
+    told = [there[option(argv, f"--tls-{name}-file")[0]] for name in ("cert", "key")]
+    assert told == [files.cert, files.key] == sorted(there.values()), "the authority is the gateway's affair"
 
 
 def test_an_instance_across_hosts_uses_rays_executor(tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def faults(**parts: Any) -> list[str]:
     return [str(fault) for fault in caught.value.faults]
 
 
-@pytest.mark.parametrize("name", ["containers.yaml", "laptop.yaml", "scripted.yaml"])
+@pytest.mark.parametrize("name", ["containers.yaml", "laptop.yaml", "scripted.yaml", "tls.yaml"])
 def test_every_command_line_is_taken_by_the_verb_that_it_names(name: str) -> None:
     services = project(example(name))["services"]
     commands = {key: one["command"] for key, one in services.items() if one["image"].startswith("infermesh-")}

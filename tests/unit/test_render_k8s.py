@@ -30,7 +30,9 @@ def of_kind(found: list[dict[str, Any]], *kinds: str) -> dict[str, dict[str, Any
     return {item["metadata"]["name"]: item["spec"] for item in found if item["kind"] in kinds}
 
 
-@pytest.mark.parametrize("name", ["containers.yaml", "laptop.yaml", "scripted.yaml", "mixed-72b.yaml", "tiers.yaml"])
+@pytest.mark.parametrize(
+    "name", ["containers.yaml", "laptop.yaml", "scripted.yaml", "mixed-72b.yaml", "tiers.yaml", "tls.yaml"]
+)
 def test_examples_are_valid_and_every_command_line_is_taken(name: str) -> None:
     found = objects(example(name))
     workloads = of_kind(found, "Deployment", "StatefulSet")

@@ -107,12 +107,14 @@ def _shared_there(shared: Shared, shipped: Callable[[str], str]) -> Shared:
     options = {
         name: shipped(value) if name in SHIPPED_OPTIONS else value for name, value in shared.registry_options.items()
     }
+    inside = shared.instances_tls
     measured = shared.calibration if shared.calibration and Path(shared.calibration).exists() else ""
     return replace(
         shared,
         keys=shipped(shared.keys),
         operator_key_file=shipped(shared.operator_key_file),
         calibration=shipped(measured),
+        instances_tls=inside and replace(inside, cert=shipped(inside.cert), key=shipped(inside.key)),
         registry_options=options,
     )
 
