@@ -170,9 +170,9 @@ def _class(fleet: Fleet, one: Class, site: Site, autoscaler: str) -> list[k8s.Ob
         objects.append({"apiVersion": "v1", "kind": "ConfigMap", "metadata": meta, "data": texts})
         volumes.append({"name": "files", "configMap": {"name": f"{one.name}-files"}})
         mounts.append({"name": "files", "mountPath": next(iter(made.files)).rpartition("/")[0]})
-    for volume, mount in tls.secret_mounts(fleet, gateway=False):
-        volumes.append(volume)
-        mounts.append(mount)
+    for certificates, at in tls.secret_mounts(fleet, gateway=False):
+        volumes.append(certificates)
+        mounts.append(at)
     certificate = tls.inside(fleet)
     more = {key: value for key, value in instance.labels.items() if key not in k8s.labels(one.name)}
     if instance.ray_cluster is not None:

@@ -59,7 +59,7 @@ def _placement(fleet: Fleet, instance: Instance, found: tuple[RayCluster, ...], 
         site.grace_s,
         otlp=gateway.otlp,
         otlp_ratio=gateway.otlp_ratio,
-        instances_tls=fleet.tls.instances and tls_files(fleet.tls.instances),
+        instances_tls=tls_files(fleet.tls.instances) if fleet.tls.instances else None,
     )
     made = node_command(fleet, instance, need, shared, str, site.reckoned.get(instance.id, {}), group_of(instance))
     return {
