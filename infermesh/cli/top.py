@@ -15,7 +15,7 @@ import typer
 from infermesh.cli import BAD_USAGE, Failure, connect
 
 if TYPE_CHECKING:
-    from infermesh.v1.mesh_pb2 import Instance
+    from infermesh.v1.mesh_pb2 import Group, Instance
 
 
 def command(
@@ -46,24 +46,25 @@ def command(
     if not console.is_terminal:
         console = Console(width=200, height=100_000)  # a pipe cuts nothing off
     before: list[Instance] = []
+    groups: list[Group] = []
     looked = 0.0
     note = ""
     with connect.client(gateway, api_key_file, 5.0) as mesh:
 
         def look() -> Any:
-            nonlocal before, looked, note
+            nonlocal before, groups, looked, note
             shown = before
             try:
-                shown, note = mesh.instances(kind=kind), ""
+                shown, groups, note = mesh.instances(kind=kind), mesh.groups(kind=kind), ""
             except MeshError as error:
                 if error.reason in (Reason.UNAUTHENTICATED, Reason.PERMISSION_DENIED):
                     raise
                 note = f"as it was {time.monotonic() - looked:.0f} s ago: {error.message}" if looked else error.message
-                return top_view.screen(top_view.rows(before, [], 0.0), sort, note, *console.size)
+                return top_view.screen(top_view.rows(before, [], 0.0), sort, note, *console.size, groups)
             now = time.monotonic()
             rows = top_view.rows(shown, before, now - looked)
             before, looked = shown, now
-            return top_view.screen(rows, sort, note, *console.size)
+            return top_view.screen(rows, sort, note, *console.size, groups)
 
         if once or not console.is_terminal:
             found = look()

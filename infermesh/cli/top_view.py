@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Group
+from rich.console import Group as Parts
 from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from infermesh.v1.mesh_pb2 import Instance
+    from infermesh.v1.mesh_pb2 import Group, Instance
 
 COLOURS = {"healthy": "green", "rejected": "red", "lost": "red", "ejected": "red", "banned": "red"}
 SORTS = ("id", "state", "running", "kv")
@@ -79,8 +79,8 @@ def ordered(found: Sequence[Row], sort: str) -> list[Row]:
     return sorted(found, key=keys[sort])
 
 
-def screen(found: Sequence[Row], sort: str, note: str, width: int, height: int) -> Group:
-    """`note` is said above; `width` columns and `height` lines there are."""
+def screen(found: Sequence[Row], sort: str, note: str, width: int, height: int, groups: Sequence[Group] = ()) -> Parts:
+    """`note` is said above; `width` columns and `height` lines there are. `groups`: those that are scaled."""
     healthy = sum(row.state == "healthy" for row in found)
     busy = f"{_sum(found, 'running')} running · {_sum(found, 'waiting')} waiting"
     parts: list[Any] = [
@@ -91,13 +91,15 @@ def screen(found: Sequence[Row], sort: str, note: str, width: int, height: int) 
         ),
         _models(found),
     ]
-    room = max(3, height - 8 - len({(row.kind, row.model) for row in found}))
+    if groups:
+        parts.append(_groups(groups, width >= WIDE))
+    room = max(3, height - 8 - len({(row.kind, row.model) for row in found}) - (len(groups) + 1 if groups else 0))
     shown = ordered(found, sort)
     parts.append(_instances(shown[:room], width >= WIDE))
     if len(shown) > room:
         parts.append(Text(f"and {len(shown) - room} more; a taller terminal, --kind or --sort shows them", "dim"))
     parts += [Text(f"{row.id}: {row.why}", "red") for row in shown[:room] if row.why]
-    return Group(*parts)
+    return Parts(*parts)
 
 
 def _sum(found: Sequence[Row], name: str) -> int:
@@ -116,6 +118,29 @@ def _models(found: Sequence[Row]) -> Table:
         colour = "green" if up == len(own) else "yellow" if up else "red"
         counts = (str(_sum(own, "running")), str(_sum(own, "waiting")))
         table.add_row(model, kind, Text(f"{up}/{len(own)}", colour), *counts)
+    return table
+
+
+def _groups(groups: Sequence[Group], wide: bool) -> Table:
+    """How many replicas there are and should be; a group that is short of some stands out."""
+    table = Table(box=None, pad_edge=False, header_style="bold dim")
+    table.add_column("GROUP", overflow="fold")
+    for name in ("HERE", "WANTED", "MIN-MAX"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("USE", no_wrap=True)
+    if wide:
+        table.add_column("WHY", no_wrap=True, overflow="ellipsis")
+    for one in groups:
+        as_wanted = one.replicas == one.desired
+        wanted = Text(str(one.desired), "green" if as_wanted else "yellow") if one.desired else Text("-")
+        table.add_row(
+            one.name,
+            str(one.replicas),
+            wanted,
+            f"{one.least}-{one.most}",
+            f"{one.use:.0%} {one.short}" if one.short else "-",
+            *((one.why,) if wide else ()),
+        )
     return table
 
 

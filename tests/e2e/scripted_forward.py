@@ -20,6 +20,7 @@ from infermesh.v1 import rerank_pb2 as rr
 from services.chassis import checks
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.groups import GroupView
 from services.gateway.upstream.calls import Call, Event, Identity, InstanceView, Method, ModelView
 
 KINDS = {"chat": "llm", "embed": "embedding", "rank": "rerank", "org/rank": "rerank"}
@@ -164,6 +165,9 @@ class ScriptedDirectory:
 
     def instances(self) -> list[InstanceView]:
         return [InstanceView("llm-1", "llm", "chat", "127.0.0.1:1", "healthy")]
+
+    def groups(self) -> list[GroupView]:
+        return []
 
     async def changed(self) -> None:
         await asyncio.Event().wait()

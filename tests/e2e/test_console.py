@@ -113,7 +113,9 @@ async def _kill(mesh: TestMesh, id: str) -> None:
 
 
 async def test_a_phone_and_another_language(tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, {"chat-0": FAST}, http="127.0.0.1:0") as mesh:
+    scaled = {"routing": {"scale": {"chat-cpu": {"least": 2, "most": 3}}}}
+    started = {"chat-0": (*FAST, "--group", "chat-cpu")}
+    async with running_mesh(tmp_path, started, http="127.0.0.1:0", **scaled) as mesh:
         await ask(rest(mesh), "/v1/chat/completions", {"model": "chat", "messages": [{"role": "user", "content": "x"}]})
 
         def drive() -> None:
@@ -131,11 +133,24 @@ async def test_a_phone_and_another_language(tmp_path: Path) -> None:
                         f"{name} is wider than a phone"
                     )
                 picture(shown, "phone")
+                group_is_shown(shown)
                 shown.click("header >> text=English")
                 shown.wait_for_selector("nav >> text=Playground")
                 assert shown.evaluate("document.documentElement.lang") == "en"
 
         await asyncio.to_thread(drive)
+
+
+def group_is_shown(shown: Any) -> None:
+    """One of at least two is there: both numbers, on both pages."""
+    shown.click("nav >> text=资源")
+    row = shown.locator("[data-group=chat-cpu]")
+    row.get_by_text("1 → 2").wait_for(timeout=WAIT_MS)
+    assert "2–3" in row.inner_text()
+    assert "chat-cpu" in shown.locator("#instance-chat-0").inner_text()
+    shown.click("nav >> text=模型")
+    assert "chat-cpu 1 → 2" in shown.locator("main .card").first.inner_text()
+    assert shown.evaluate("document.documentElement.scrollWidth") <= 390
 
 
 async def test_keys_guard_what_is_shown_and_show_their_own(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 from rich.console import Console
 
 from infermesh.cli import top_view
-from infermesh.v1.mesh_pb2 import Instance
+from infermesh.v1.mesh_pb2 import Group, Instance
 from infermesh.v1.worker_pb2 import Load
 from tests.kit.children import ROOT
 
@@ -35,9 +35,16 @@ def instance(id: str, state: str = "healthy", steps: int = 0, model: str = "m", 
     )
 
 
-def printed(rows: list[top_view.Row], sort: str = "id", note: str = "", height: int = 40, width: int = 140) -> str:
+def printed(
+    rows: list[top_view.Row],
+    sort: str = "id",
+    note: str = "",
+    height: int = 40,
+    width: int = 140,
+    groups: tuple[Group, ...] = (),
+) -> str:
     console = Console(file=io.StringIO(), width=width, force_terminal=False)
-    console.print(top_view.screen(rows, sort, note, width, height))
+    console.print(top_view.screen(rows, sort, note, width, height, groups))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -52,6 +59,26 @@ def test_a_row_tells_load_and_pace_and_what_nobody_told_is_a_dash() -> None:
     assert line.split()[5:] == ["3", "1", "0", "25.0", "██████░░░░░░", "50%", "127.0.0.1:1"]
     (line,) = [line for line in text.splitlines() if line.startswith("b ")]
     assert line.split()[5:8] == ["-", "-", "0"]
+
+
+def test_scaled_groups_tell_what_there_is_and_what_is_wanted() -> None:
+    why = "more: prefill 81% used, 1.8 s of prompts wait for each"
+    short = Group(name="chat-a800", least=1, most=4, desired=3, replicas=2, use=0.81, short="prefill", why=why)
+    new = Group(name="embed", least=1, most=2)
+    rows = top_view.rows([instance("a")], [], 0.0)
+    text = printed(rows, groups=(short, new))
+    told = [line.split() for line in text.splitlines() if line.startswith(("chat-a800", "embed"))]
+    assert told[0] == ["chat-a800", "2", "3", "1-4", "81%", "prefill", *why.split()]
+    assert told[1] == ["embed", "0", "-", "1-2", "-"]
+    assert "GROUP" not in printed(rows) and why not in printed(rows, width=80, groups=(short,))
+    assert (
+        len(
+            printed(
+                top_view.rows([instance(f"i{n:02}") for n in range(30)], [], 0.0), height=15, groups=(short,)
+            ).splitlines()
+        )
+        <= 15
+    )
 
 
 def test_eighty_columns_cut_no_number_off() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from services.gateway.past.decisions import Decisions, shown
 from services.gateway.report import Report
 from services.gateway.routing.decision import Record
 from services.gateway.routing.facts import Facts
+from services.gateway.routing.groups import GroupView
 from services.gateway.upstream.calls import Caller, DirectoryView, InstanceView, ModelView
 
 KEPT = 500  # requests
@@ -28,6 +29,10 @@ class FleetView(DirectoryView, Protocol):
 
     async def changed(self) -> None:
         """Until the fleet looks different."""
+        ...
+
+    def groups(self) -> Sequence[GroupView]:
+        """Those that are scaled, sorted by name."""
         ...
 
     def explain(self, facts: Facts) -> Record:
@@ -125,8 +130,16 @@ class Live:
             for model in self.directory.models()
             if may(model, model.id)
         ]
+        known = {one["model"] for one in instances}
+        groups = [_group(one) for one in self.directory.groups() if not caller.models or one.model in known]
         now = {"registry_stale": self.directory.stale, "requests": self._count, **self._numbers()}
-        return {"now": self._clock(), "gateway": self._gateway | now, "models": models, "instances": instances}
+        return {
+            "now": self._clock(),
+            "gateway": self._gateway | now,
+            "models": models,
+            "instances": instances,
+            "groups": groups,
+        }
 
     def since(self, number: int, caller: Caller) -> tuple[int, list[dict[str, Any]]]:
         """The last number, and the requests after `number` that the caller may see: operators all, others their own."""
@@ -161,6 +174,11 @@ def _instance(life: _Life) -> dict[str, Any]:
     host = view.address.rpartition(":")[0].strip("[]")
     shown["incarnation"] = f"{view.incarnation:016x}"
     return shown | {"state": state, "host": host, "changes": [list(change) for change in life.changes]}
+
+
+def _group(view: GroupView) -> dict[str, Any]:
+    """Rounded as it is shown, so that a page hears of it when that changes."""
+    return dataclasses.asdict(view) | {"use": round(view.use, 2), "backlog_s": round(view.backlog_s, 1)}
 
 
 def summary(seen: Seen) -> dict[str, Any]:

@@ -6,6 +6,7 @@ const zh = {
   "in flight": "处理中", "waiting": "等待", "requests": "请求", "gateway": "网关", "served by": "由以下实例提供", "aliases": "别名", "context": "上下文", "tokens": "tokens",
   "falls back to": "降级到", "variants": "按权重分配", "nobody serves it right now": "目前没有实例提供",
   "model": "模型", "device": "设备", "state": "状态", "running": "运行", "KV cache": "KV 缓存", "speed": "速度", "weight": "权重", "tier": "层级", "address": "地址", "zone": "区域", "version": "版本", "engine": "引擎",
+  "group": "分组", "replicas": "副本", "present": "现有", "wanted": "期望", "bounds": "范围", "in use": "使用中", "Scaled groups": "伸缩分组", "no opinion yet": "尚无结论", "decode": "解码", "slots": "并发槽", "kv": "KV 缓存",
   "prefill": "预填充", "decode step": "解码步", "source": "来源", "rejected": "被拒绝", "health history": "健康历史", "now": "现在", "ago": "前", "hosts": "主机",
   "time": "时间", "request": "请求", "instance": "实例", "why": "原因", "outcome": "结果", "waited": "等待", "first token": "首 token", "duration": "耗时", "prompt": "提示词", "cached": "缓存命中", "answer": "回答", "attempts": "尝试",
   "Every request that ends appears here. Send one from the playground.": "每个结束的请求都会出现在这里。可以在“试用”页发送一个。",

@@ -1,17 +1,18 @@
 // Hosts, cards and what each instance is doing.
 import { html, useEffect } from "../vendor/preact.js";
 import { ago, clock, count, percent, seconds, t } from "../words.js";
+import { Groups } from "./groups.js";
 
 export function Resources({ mesh, at }) {
-  const { instances, now } = mesh.state;
+  const { instances, groups, now } = mesh.state;
   const wanted = decodeURIComponent(at.split("/").slice(1).join("/"));
   useEffect(() => { document.getElementById(`instance-${wanted}`)?.scrollIntoView({ block: "center" }); }, [wanted]);
   const hosts = Map.groupBy ? Map.groupBy(instances, (one) => one.host) : group(instances);
   if (!instances.length) return html`<p class="soft">${t("No instance is registered yet. `infermesh up` starts a mesh; `infermesh llm --registry …` adds an instance.")}</p>`;
-  return [...hosts].map(([host, own]) => html`<section aria-label=${host}>
+  return html`<${Groups} groups=${groups} />${[...hosts].map(([host, own]) => html`<section aria-label=${host}>
     <h2>${host} <span class="soft small">${own.length} × ${[...new Set(own.map((one) => one.device || one.kind))].join(", ")}</span></h2>
     <div class="grid">${own.map((one) => html`<${Instance} key=${one.id} one=${one} now=${now} marked=${one.id === wanted} />`)}</div>
-  </section>`);
+  </section>`)}`;
 }
 
 function group(instances) {
@@ -33,6 +34,7 @@ function Instance({ one, now, marked }) {
       <dt>${t("KV cache")}</dt><dd><div class="row"><div class="meter grow ${used > 0.9 ? "high" : ""}" role="meter" aria-label=${t("KV cache")} aria-valuenow=${Math.round((used || 0) * 100)}><i style=${{ width: `${(used || 0) * 100}%` }}></i></div>${percent(used)}</div></dd>
       ${one.device && html`<dt>${t("device")}</dt><dd>${one.metadata.device_count > 1 ? `${one.metadata.device_count} × ` : ""}${one.device}</dd>`}
       <${Speed} speed=${speed} />
+      ${one.metadata.group && html`<dt>${t("group")}</dt><dd>${one.metadata.group}</dd>`}
       <dt>${t("address")}</dt><dd>${one.address}</dd>
       ${one.weight !== 1 && html`<dt>${t("weight")}</dt><dd>${one.weight}</dd>`}
     </dl>
