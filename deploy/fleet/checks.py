@@ -8,7 +8,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from deploy.fleet.faults import Fault, hint, known
+from deploy.fleet.faults import Fault, causes, hint, known
 from deploy.fleet.routing import routing_faults
 from deploy.fleet.values import ENGINES_OF, Fleet, Instance, Later, Node, Speed
 
@@ -39,7 +39,7 @@ def parse_fleet(text: str, name: str = "fleet") -> Fleet:
     try:
         fleet = Fleet.model_validate(raw)
     except ValidationError as error:
-        raise FleetError(name, [_fault(item) for item in error.errors()]) from None
+        raise FleetError(name, [_fault(item) for item in causes(error.errors())]) from None
     if faults := list(_contradictions(fleet)):
         raise FleetError(name, faults)
     return fleet

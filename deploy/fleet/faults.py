@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +17,17 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}"
+
+
+def causes(errors: Iterable[Any]) -> list[Any]:
+    """Pydantic's errors without those that only follow from others: a list whose entries are wrong counts as empty."""
+    found = list(errors)
+    return [one for one in found if one["type"] != "too_short" or not any(_inside(other, one) for other in found)]
+
+
+def _inside(inner: Any, outer: Any) -> bool:
+    depth = len(outer["loc"])
+    return len(inner["loc"]) > depth and inner["loc"][:depth] == outer["loc"]
 
 
 def known(path: str, name: str, names: list[str]) -> Iterator[Fault]:

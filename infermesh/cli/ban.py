@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from infermesh.cli import connect
-from infermesh.cli.printing import emit_json
+from infermesh.cli.printing import emit_json, remark
 
 UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
@@ -35,8 +35,14 @@ def command(
     for_s = seconds(lasting)
     with connect.client(gateway, api_key_file, timeout) as mesh:
         mesh.ban(instance_id, why=why, by=who(), for_s=for_s)
+        there = any(one.id == instance_id for one in mesh.instances())
+    if not there:
+        remark(
+            f"{instance_id} is not registered now: the ban is for when it comes. If another one was meant, "
+            f"`infermesh unban {instance_id}`; `infermesh instances` lists the ids"
+        )
     if json:
-        emit_json({"id": instance_id, "for_s": for_s})
+        emit_json({"id": instance_id, "for_s": for_s, "registered": there})
     else:
         until = f"for {lasting}" if lasting else f"until `infermesh unban {instance_id}`"
         print(f"{instance_id} is banned {until}")

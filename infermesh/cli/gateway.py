@@ -8,6 +8,16 @@ from typing import Annotated, Any
 import typer
 
 LIMITS = ("max_body_bytes", "default_deadline_s", "max_streams", "max_concurrent")
+# Where a setting lies -> the option it came from, for errors.
+OPTIONS = {
+    "limits.": "",
+    "queue.max_requests": "queue_requests",
+    "queue.max_tokens": "queue_tokens",
+    "queue.max_wait_s": "queue_wait_s",
+    "routing.ttft_s": "objective_ttft_s",
+    "routing.tpot_ms": "objective_tpot_ms",
+    "weights.": "instance_weight.",
+}
 QUEUE = {"queue_requests": "max_requests", "queue_tokens": "max_tokens", "queue_wait_s": "max_wait_s"}
 
 
@@ -121,7 +131,18 @@ def settings_of(given: dict[str, Any]) -> Any:
     }
     routing = {name: part for name, part in routing.items() if part not in (None, {})}
     parts = {"limits": limits, "queue": queue, "weights": weights, "routing": routing, "telemetry": telemetry}
-    return gateway_settings(**values, **{name: part for name, part in parts.items() if part})
+    try:
+        return gateway_settings(**values, **{name: part for name, part in parts.items() if part})
+    except ValueError as error:
+        raise ValueError("\n".join(map(_as_given, str(error).splitlines()))) from None
+
+
+def _as_given(fault: str) -> str:
+    """queue.max_wait_s: … -> queue_wait_s: …"""
+    for path, option in OPTIONS.items():
+        if fault.startswith(path):
+            return option + fault.removeprefix(path)
+    return fault
 
 
 def _pair(option: str, text: str) -> tuple[str, str]:

@@ -47,9 +47,23 @@ def command(
     except OSError as error:
         raise Failure(f"--output {output}: {error.strerror}", BAD_USAGE) from None
     taken = Taken()
+    try:
+        _record(file, output, taken, (gateway, api_key_file), duration, requests)
+    except OSError as error:  # also of closing the file, where a full disk tells a second time
+        raise Failure(f"--output {output}: {error.strerror or error}") from None
+    if json:
+        emit_json({"file": str(output), "requests": taken.count, "dropped": taken.dropped})
+    elif not taken.count:
+        remark(f"no request ended meanwhile; {output} is empty")
+
+
+def _record(
+    file: IO[str], output: Path, taken: Taken, at: tuple[str, Path | None], duration: float, requests: int
+) -> None:
+    """Until it is told to end, or has what was asked for; a file without a request goes with its error."""
     with file:
         try:
-            with connect.client(gateway, api_key_file, 10) as mesh, closing(mesh.record()) as messages:
+            with connect.client(*at, 10) as mesh, closing(mesh.record()) as messages:
                 _follow(messages, file, taken, duration, requests)
         except KeyboardInterrupt:
             pass
@@ -60,10 +74,6 @@ def command(
         finally:
             if taken.count:
                 remark(f"{taken}; in {output}")
-    if json:
-        emit_json({"file": str(output), "requests": taken.count, "dropped": taken.dropped})
-    elif not taken.count:
-        remark(f"no request ended meanwhile; {output} is empty")
 
 
 @dataclass(slots=True)

@@ -39,6 +39,8 @@ def command(
     from services.chassis.keys import load_keys
     from services.chassis.logs import configure_logs
 
+    if log_level not in (levels := ("debug", "info", "warning", "error")):
+        raise Failure(f"--log-level: {log_level!r} is none of {', '.join(levels)}", BAD_USAGE)
     configure_logs(log_level, kind="registry")
     try:
         certificate = TlsSettings(tls_cert_file=tls_cert_file, tls_key_file=tls_key_file).certificate()

@@ -72,6 +72,10 @@ def as_error(code: StatusCode, details: str, trailers: Any, addresses: Sequence[
             return MeshError(Reason.STREAM_LOST, f"the connection to the gateway broke after {got}: {details}")
         where = ", ".join(addresses)
         return MeshError(Reason.NO_INSTANCE, f"no gateway answers at {where}: {details}; `infermesh up` starts one")
+    if code is StatusCode.DEADLINE_EXCEEDED and REASON_KEY not in dict(pairs):
+        so_far = f"only {got} came" if got else "no answer came"
+        why = f"{so_far} within the time limit; give it more (--timeout, or the client's `timeout`), or ask for less"
+        return MeshError(Reason.DEADLINE_EXCEEDED, why)
     return from_status(code, details, pairs)
 
 

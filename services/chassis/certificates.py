@@ -88,4 +88,8 @@ class Certificate:
 
 
 def _why(error: OSError) -> str:
-    return getattr(error, "reason", None) or error.strerror or str(error)
+    if not isinstance(error, ssl.SSLError):
+        return error.strerror or str(error)
+    if error.reason == "KEY_VALUES_MISMATCH":
+        return "the key is not the certificate's"
+    return f"no PEM certificate and key ({error.reason or str(error)})"

@@ -17,6 +17,7 @@ from typing import Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deploy.fleet.faults import causes
 from infermesh.errors import MeshError, Reason
 from services.chassis.passes import SCHEME, Passes
 
@@ -115,5 +116,5 @@ def load_keys(path: Path | None, passes: Passes | None = None) -> Keys:
     try:
         return Keys(KeyFile.model_validate(raw).keys, passes)
     except ValidationError as error:
-        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in causes(error.errors())]
         raise ValueError("\n".join(lines)) from None

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deploy.fleet.faults import causes
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.chassis.certificates import TlsSettings
 from services.chassis.registering import RegistrySettings
@@ -130,7 +131,7 @@ def bind_fault(host: str, *, keys: bool, insecure: bool) -> str:
 def faults(error: ValidationError) -> list[str]:
     """Every fault of a configuration, a line each: the key's path and what is allowed."""
     found = []
-    for item in error.errors():
+    for item in causes(error.errors()):
         path, text = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
         found.append(f"{path}: {text}" if path else text)  # checks of the whole name the key themselves
     return found

@@ -232,6 +232,7 @@ async def test_the_sync_client(tmp_path: Path) -> None:
                 with pytest.raises(MeshError) as caught:
                     call()
                 assert caught.value.reason is reason
+            assert "within the time limit; give it more" in caught.value.message
         with Client(NOWHERE) as client, pytest.raises(MeshError, match="no gateway answers"):
             client.chat("x", model="chat")
 

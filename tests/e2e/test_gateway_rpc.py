@@ -315,6 +315,9 @@ async def test_keys_tenants_models_and_tokens_a_minute(tmp_path: Path) -> None:
         await until(there, 5)
         for secret, seen in (("alice", 1), ("bob", 0)):
             listed = await mesh.mesh.ListInstances(ms.ListInstancesRequest(), metadata=who(secret))
+            kind = ms.ListInstancesRequest(kind="lmm")  # none of them, and not nobody
+            wrong = await failure(mesh.mesh.ListInstances(kind, metadata=who(secret)))
+            assert (wrong.reason, wrong.param) == (Reason.INVALID_ARGUMENT, "kind")
             watched = await mesh.mesh.WatchInstances(ms.WatchInstancesRequest(), metadata=who(secret)).read()
             assert len(listed.instances) == len(watched.instances) == seen, secret
         explain = ms.ExplainRequest(kind="llm", model="chat")

@@ -77,6 +77,8 @@ async def test_a_ban_holds_on_every_gateway_within_two_seconds_and_over_restarts
         await mesh.healthy()
         again = await asyncio.to_thread(ask, "unban", "a", "--gateway", address, code=1)
         assert again == ""
+        unknown = await asyncio.to_thread(ask, "ban", "typo", "--gateway", address, "--json")
+        assert json.loads(unknown)["registered"] is False  # told, as a ban is also for one that is to come
 
 
 async def test_a_drain_is_taken_back_while_work_still_runs_and_not_a_signal(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import trustme
 from infermesh.client import AsyncClient, Client, MeshError
 from registry.address import open_registry
 from services.chassis import certificates
+from services.chassis.certificates import Certificate
 from tests.kit.children import Children, environment, infermesh
 from tests.kit.consul import ConsulServer
 from tests.kit.fake_instance import fake_instance
@@ -152,6 +153,14 @@ async def test_a_certificate_that_cannot_be_used_is_refused_at_the_start(
     assert why in out
     half = await verb("gateway", "--grpc", "127.0.0.1:0", "--tls-cert-file", str(files[0]), ca=files[0], code=2)
     assert "one is nothing without the other" in half
+
+
+def test_files_that_do_not_belong_together_are_told_in_words(tmp_path: Path) -> None:
+    one, other = (issue(tmp_path, trustme.CA(), name, "localhost") for name in ("one", "other"))
+    with pytest.raises(ValueError, match="the key is not the certificate's"):
+        Certificate(one[0], other[1])
+    with pytest.raises(ValueError, match="no PEM certificate and key"):
+        Certificate(one[1], one[0])
 
 
 @pytest.mark.consul

@@ -90,6 +90,10 @@ def test_the_overview_is_quick_and_imports_nothing_heavy() -> None:
         (("registry", "--listen", "0.0.0.0:0"), "can be reached from other machines"),
         (("registry", "--keys", "/nonexistent"), "name a readable file"),
         (("llm", "--model", "m", "--engine", "magic"), "engine: "),
+        (("gateway", "--queue-wait-s", "-1"), "queue_wait_s: "),
+        (("gateway", "--max-streams", "0"), "infermesh: max_streams: "),
+        (("gateway", "--objective-ttft-s", "0"), "objective_ttft_s: "),
+        (("registry", "--log-level", "loud"), "--log-level: 'loud' is none of debug, "),
     ],
 )
 def test_bad_usage_ends_with_2_and_one_clear_word(words: tuple[str, ...], expected: str) -> None:

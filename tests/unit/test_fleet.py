@@ -171,6 +171,8 @@ def test_all_faults_come_at_once() -> None:
     assert [fault.split(":")[0] for fault in found] == ["nodes[0].cuont", "instances[0].tp", "modles"]
     found = faults_of(instances=[{"id": "i", "model": "x", "node": "y"}, {"id": "i", "model": "z"}])
     assert len(found) == 4
+    found = faults_of(routing={"aliases": {"a": [{"model": "m", "weight": -1}]}})
+    assert [fault.split(":")[0] for fault in found] == ["routing.aliases.a[0].weight"]  # and not an empty list besides
 
 
 @pytest.mark.parametrize(

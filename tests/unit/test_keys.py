@@ -53,6 +53,10 @@ def test_a_key_stands_there_once(tmp_path):
     path.write_text(f"version: 1\nkeys:\n  - {{sha256: {key}, tenant: a}}\n  - {{sha256: {key}, tenant: b}}\n")
     with pytest.raises(ValueError, match=r"keys\.1 is the same key as keys\.0"):
         load_keys(path)
+    path.write_text("version: 1\nkeys:\n  - {sha256: short, tenant: a}\n")
+    with pytest.raises(ValueError, match=r"keys\.0\.sha256: ") as caught:
+        load_keys(path)
+    assert "at least 1 item" not in str(caught.value)  # there is one, and it is wrong
     path.write_bytes(b"version: \xff")
     with pytest.raises(ValueError, match=r"keys\.yaml: not YAML"):
         load_keys(path)

@@ -123,5 +123,5 @@ def _listen(host: str, port: int, reuse_port: bool) -> socket.socket:
         listener.setblocking(False)
     except OSError as error:
         listener.close()
-        raise OSError(error.errno, f"cannot listen on {host}:{port}: {error.strerror}") from None
+        raise OSError(f"cannot listen on {host}:{port}: {error.strerror}; choose another address with --http") from None
     return listener

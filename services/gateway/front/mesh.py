@@ -21,7 +21,7 @@ from services.gateway.routing.facts import Facts
 from services.gateway.routing.groups import GroupView
 from services.gateway.routing.policy import may_serve
 from services.gateway.upstream.calls import InstanceView
-from services.gateway.upstream.directory import Directory
+from services.gateway.upstream.directory import KINDS, Directory
 
 MESH = "infermesh.v1.MeshService"
 QUIET_S = 0.1  # changes that come together are told together
@@ -41,6 +41,7 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
     @unary
     async def ListInstances(self, request: ms.ListInstancesRequest, context: Context) -> ms.ListInstancesResponse:
         models = self._models(context)
+        _check_kind(request.kind)
         return ms.ListInstancesResponse(
             instances=self._instances(models, request.kind, request.model),
             registry_stale=self._directory.stale,
@@ -52,6 +53,7 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
         self, request: ms.WatchInstancesRequest, context: Context
     ) -> AsyncIterator[ms.WatchInstancesResponse]:
         models = self._models(context)
+        _check_kind(request.kind)
         while True:
             changed = asyncio.ensure_future(self._directory.changed())
             try:
@@ -67,6 +69,7 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
         if request.request_id:
             return await self._past(request.request_id, context)
         models = self._models(context)
+        _check_kind(request.kind)
         if models and request.model not in models:
             raise MeshError(Reason.PERMISSION_DENIED, f"this API key is not for the model {request.model!r}")
         facts = Facts(
@@ -160,6 +163,11 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
             and (not model or view.model == model)
             and (not models or may_serve(models, view.model, (), self._directory.aliases))
         ]
+
+
+def _check_kind(kind: str) -> None:
+    if kind and kind not in KINDS:
+        raise invalid("kind", f"{kind[:64]!r} is none of {', '.join(KINDS)}")
 
 
 def group_message(view: GroupView) -> ms.Group:
