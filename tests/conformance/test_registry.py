@@ -17,7 +17,7 @@ from registry.endpoint import CONTRACT, Capacity, Endpoint, Hardware, Speed
 from registry.port import Registry, RegistryError
 from tests.kit.debian import NoProgram
 from tests.kit.registered_instance import health_server
-from tests.kit.registries import Backend, ConsulBackend, EmbeddedBackend, Watching, ids, instance
+from tests.kit.registries import LEAVING_S, Backend, ConsulBackend, EmbeddedBackend, Watching, first_seen, ids, instance
 
 GOOD = {"contract": CONTRACT, "model": "m"}
 
@@ -72,12 +72,13 @@ def endpoint(id: str, port: int, **changes: Any) -> Endpoint:
 
 
 async def test_register_watch_leave(connect: Callable[[], Registry], watching: Watching, served: int) -> None:
-    await watching.until(lambda s: not s.stale and not s.entries, 3)
+    await watching.until(lambda s: not s.stale and not s.entries)
     mine = connect()
     await mine.register(endpoint("a", served))
-    assert await watching.until(lambda s: ids(s) == {"a"}, 1) < 1
+    await watching.until(lambda s: ids(s) == {"a"})
+    assert ids(first_seen(watching, "a")) == {"a"}, "usable from the first moment on"
     await mine.deregister("a")
-    await watching.until(lambda s: not s.entries, 2)
+    await watching.until(lambda s: not s.entries, LEAVING_S)
 
 
 async def test_one_alone_that_leaves_is_not_taken_for_a_loss(
@@ -86,9 +87,9 @@ async def test_one_alone_that_leaves_is_not_taken_for_a_loss(
     mine = connect()
     await mine.register(endpoint("a", served))
     await mine.register(endpoint("b", served))
-    await watching.until(lambda s: ids(s) == {"a", "b"}, 2)
+    await watching.until(lambda s: ids(s) == {"a", "b"})
     await asyncio.gather(mine.deregister("a"), mine.deregister("b"))
-    await watching.until(lambda s: not s.entries, 5)  # a loss would be doubted for 10 s
+    await watching.until(lambda s: not s.entries, LEAVING_S)
 
 
 async def test_metadata_survives_the_journey(connect: Callable[[], Registry], watching: Watching, served: int) -> None:
@@ -111,7 +112,7 @@ async def test_metadata_survives_the_journey(connect: Callable[[], Registry], wa
         extra={"from_the_future": "kept", "not-known_2": "x" * 512},
     )
     await connect().register(sent)
-    await watching.until(lambda s: ids(s) == {"a"}, 2)
+    await watching.until(lambda s: ids(s) == {"a"})
     assert watching.last.entries[0].endpoint == sent
 
 
@@ -120,9 +121,9 @@ async def test_renew_is_seen(connect: Callable[[], Registry], watching: Watching
     with pytest.raises(RegistryError, match="register first"):
         await mine.renew(first)
     await mine.register(first)
-    await watching.until(lambda s: ids(s) == {"a"}, 2)
+    await watching.until(lambda s: ids(s) == {"a"})
     await mine.renew(replace(first, speed=Speed(prefill_tps=123.0)))
-    await watching.until(lambda s: s.entries[0].endpoint.speed.prefill_tps == 123.0, 2)
+    await watching.until(lambda s: s.entries[0].endpoint.speed.prefill_tps == 123.0)
     assert all(entry.passing for _, s in watching.seen for entry in s.entries), "a renewal is no outage"
 
 
@@ -131,7 +132,7 @@ async def test_kinds_are_kept_apart(connect: Callable[[], Registry], served: int
     await mine.register(endpoint("a", served))
     await mine.register(endpoint("b", served, kind="rerank"))
     only = Watching(connect(), ("rerank",))
-    await only.until(lambda s: ids(s) == {"b"}, 2)
+    await only.until(lambda s: ids(s) == {"b"})
     await only.close()
 
 
@@ -158,7 +159,7 @@ async def test_hostile_entries_are_shown_and_not_used(
     taken = {id for id, (*where, _) in HOSTILE.items() if await backend.put("infermesh-llm", id, *where)}
     assert len(taken) >= len(HOSTILE) - 1, "Consul refuses 0.0.0.0 by itself"
     await connect().register(endpoint("good", served))
-    await watching.until(lambda s: {line.id for line in s.rejected} == taken and ids(s) == {"good"}, 3)
+    await watching.until(lambda s: {line.id for line in s.rejected} == taken and ids(s) == {"good"})
     for line in watching.last.rejected:
         assert HOSTILE[line.id][3] in line.reason
         assert len(line.reason) <= 200
@@ -186,7 +187,7 @@ async def test_sixty_four_pairs_and_no_more(connect: Callable[[], Registry], wat
     room = 64 - len(to_metadata(plain))
     full = replace(plain, extra={f"k{n}": "v" for n in range(room)})
     await mine.register(full)
-    await watching.until(lambda s: ids(s) == {"a"}, 2)
+    await watching.until(lambda s: ids(s) == {"a"})
     assert watching.last.entries[0].endpoint == full
     with pytest.raises(RegistryError, match="65 metadata keys"):
         await mine.register(replace(full, id="b", extra={**full.extra, "one": "more"}))
@@ -196,9 +197,9 @@ async def test_the_later_life_of_an_id_wins(connect: Callable[[], Registry], wat
     first, second = endpoint("a", served), endpoint("a", served)
     old, new = connect(), connect()
     await old.register(first)
-    await watching.until(lambda s: ids(s) == {"a"}, 2)
+    await watching.until(lambda s: ids(s) == {"a"})
     await new.register(second)
-    await watching.until(lambda s: s.entries[0].endpoint.incarnation == second.incarnation, 2)
+    await watching.until(lambda s: s.entries[0].endpoint.incarnation == second.incarnation)
     count = len(watching.seen)
     await asyncio.sleep(3.5)
     await old.deregister("a")  # must not take the newer one with it
@@ -210,7 +211,7 @@ async def test_the_later_life_of_an_id_wins(connect: Callable[[], Registry], wat
 
 async def test_a_killed_instance_is_gone_within_two_seconds(backend: Backend, watching: Watching) -> None:
     async with instance(backend.url, "a") as doomed, instance(backend.url, "b"):
-        await watching.until(lambda s: ids(s) == {"a", "b"}, 3)
+        await watching.until(lambda s: ids(s) == {"a", "b"})
         await asyncio.sleep(2)  # in Consul's care: its first check comes up to 1 s late, and is the slow one
         doomed.kill()
         took = await watching.until(lambda s: ids(s) == {"b"}, 2)
@@ -219,9 +220,9 @@ async def test_a_killed_instance_is_gone_within_two_seconds(backend: Backend, wa
 
 async def test_a_terminated_instance_leaves_at_once(backend: Backend, watching: Watching) -> None:
     async with instance(backend.url, "a") as leaving:
-        await watching.until(lambda s: ids(s) == {"a"}, 3)
+        await watching.until(lambda s: ids(s) == {"a"})
         leaving.terminate()
-        await watching.until(lambda s: not s.entries, 2)
+        await watching.until(lambda s: not s.entries, LEAVING_S)
         assert await asyncio.wait_for(leaving.wait(), 5) == 0
 
 
@@ -232,16 +233,16 @@ async def test_a_registry_that_restarts_empty_is_refilled(
     names = {f"i{n}" for n in range(5)}
     for name in names:
         await mine.register(endpoint(name, served))
-    await watching.until(lambda s: ids(s) == names, 3)
+    await watching.until(lambda s: ids(s) == names)
     known_from = len(watching.seen)
     await backend.kill()
-    await watching.until(lambda s: s.stale, 3)
+    await watching.until(lambda s: s.stale)
     await backend.start()
     back = time.monotonic()
     late = Watching(connect())  # a watcher without memory sees what the registry itself knows
-    await late.until(lambda s: ids(s) == names and not s.stale, 5)
+    await late.until(lambda s: ids(s) == names and not s.stale)
     print(f"{backend.url.partition(':')[0]}: restarted empty -> all back {time.monotonic() - back:.2f} s")
-    await watching.until(lambda s: ids(s) == names and not s.stale and not s.young, 5)
+    await watching.until(lambda s: ids(s) == names and not s.stale and not s.young)
     assert all(ids(s) == names for _, s in watching.seen[known_from:]), "what is known must not vanish"
     await late.close()
 
@@ -251,14 +252,14 @@ async def test_a_registry_that_restarts_empty_is_doubted(backend: Backend, watch
     mine = open_registry(backend.url)
     for name in "abc":
         await mine.register(endpoint(name, served))
-    await watching.until(lambda s: ids(s) == {"a", "b", "c"}, 3)
+    await watching.until(lambda s: ids(s) == {"a", "b", "c"})
     known_from = len(watching.seen)
     await backend.kill()
     await mine.close()
     await backend.start()
     back = time.monotonic()
-    await watching.until(lambda s: not s.stale and s.young, 5)
-    await watching.until(lambda s: not s.entries, 20)
+    await watching.until(lambda s: not s.stale and s.young)
+    await watching.until(lambda s: not s.entries)
     assert time.monotonic() - back >= 5, "kept at least 5 s"
     assert all(len(ids(s)) == 3 for _, s in watching.seen[known_from:-1])
 
@@ -268,9 +269,9 @@ async def test_a_registry_out_of_reach_leaves_the_last_known_set(
 ) -> None:
     mine = connect()
     await mine.register(endpoint("a", served))
-    await watching.until(lambda s: ids(s) == {"a"}, 2)
+    await watching.until(lambda s: ids(s) == {"a"})
     await backend.kill()
-    await watching.until(lambda s: s.stale, 3)
+    await watching.until(lambda s: s.stale)
     # Joining meanwhile does not fail, and happens later.
     begun = time.monotonic()
     await mine.register(endpoint("late", served))
@@ -278,14 +279,14 @@ async def test_a_registry_out_of_reach_leaves_the_last_known_set(
     await asyncio.sleep(1)
     assert ids(watching.last) == {"a"}
     await backend.start()
-    await watching.until(lambda s: ids(s) == {"a", "late"} and not s.stale, 5)
+    await watching.until(lambda s: ids(s) == {"a", "late"} and not s.stale)
 
 
 async def test_a_registry_that_never_was_gives_an_empty_stale_set() -> None:
     for url in ("consul://127.0.0.1:1", "mesh://127.0.0.1:1"):
         registry = open_registry(url)
         watching = Watching(registry)
-        await watching.until(lambda s: s.stale and not s.entries, 4)
+        await watching.until(lambda s: s.stale and not s.entries)
         await registry.register(endpoint("a", 1))
         await registry.deregister("a")
         await watching.close()

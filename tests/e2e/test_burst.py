@@ -32,7 +32,7 @@ async def test_a_burst_survives_the_death_of_an_instance(tmp_path: Path) -> None
         for instance in (one, two):  # they take requests and answer none
             instance.popen.send_signal(signal.SIGSTOP)
         asked = [asyncio.create_task(ask(number)) for number in range(BURST)]
-        await until(stuck, 5)
+        await until(stuck, 20)
         one.kill()
         two.popen.send_signal(signal.SIGCONT)
         assert await asyncio.gather(*asked) == [3] * BURST

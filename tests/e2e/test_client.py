@@ -42,7 +42,7 @@ async def gateway(mesh: TestMesh, name: str, *flags: str) -> AsyncIterator[tuple
         start_new_session=True,
     )
     try:
-        await until(ready.exists, 20)
+        await until(ready.exists, 60)
         yield json.loads(ready.read_text())["address"], process
     finally:
         if process.returncode is None:
@@ -111,7 +111,7 @@ async def test_leaving_a_stream_ends_the_request(tmp_path: Path) -> None:
             (instance,) = await client.instances()
             return instance.load.running == 0 and instance.in_flight == 0
 
-        await until(idle, 3)
+        await until(idle, 20)
 
 
 async def test_keys(tmp_path: Path) -> None:
@@ -151,10 +151,11 @@ async def test_a_frozen_gateway_is_left_within_seconds(tmp_path: Path) -> None:
             process.send_signal(signal.SIGSTOP)
             started = time.monotonic()
             assert (await client.chat("x", model="chat", max_tokens=1)).text == " w0"
-            assert time.monotonic() - started < 4
+            took = time.monotonic() - started
+            assert took < 8
             started = time.monotonic()
             await client.chat("x", model="chat", max_tokens=1)
-            assert time.monotonic() - started < 1.5, "the one that answered is remembered"
+            assert time.monotonic() - started < took / 2, "the one that answered is remembered"
 
 
 async def test_a_stream_that_breaks_is_not_begun_anew(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from tests.kit.children import ROOT
 from tests.kit.mesh import TestMesh, running_mesh, until
 
 FAST = ("--prefill-tps", "1e6", "--step-ms", "1")
+STEADY = ("--prefill-tps", "1e6", "--step-ms", "20")
 
 
 def chat(text: str = "hello there", model: str = "chat", max_tokens: int = 8, **more: Any) -> lm.ChatRequest:
@@ -138,16 +139,19 @@ async def test_killed_before_the_first_token_nobody_notices_and_it_is_gone(tmp_p
         for instance in ("a", "b"):
             assert (await mesh.states())[instance] == "healthy"
         calls = [asyncio.create_task(answer(mesh.llm.Chat(chat(f"number {i} of ten")))) for i in range(6)]
-        await until(lambda: in_flight(mesh), 5)
-        await asyncio.sleep(0.2)
+
+        async def there() -> bool:
+            return sum(await engine_load(mesh, "a")) > 0
+
+        await until(there, 20)
         mesh.instances["a"].kill()
         killed = time.monotonic()
 
         async def gone() -> bool:
             return "a" not in await mesh.states()
 
-        await until(gone, 5)
-        assert time.monotonic() - killed < 2.0
+        await until(gone, 20)
+        assert time.monotonic() - killed < 2.9, "as long as a registry only suspects it"
         done = await asyncio.gather(*calls)
         assert {text for text, _ in done} == {" w0 w1 w2 w3 w4 w5 w6 w7"}
         assert {events[0].started.instance_id for _, events in done} == {"b"}
@@ -155,7 +159,7 @@ async def test_killed_before_the_first_token_nobody_notices_and_it_is_gone(tmp_p
 
 
 async def test_killed_mid_stream_says_how_far_it_got(tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, {"a": ("--prefill-tps", "1e6", "--step-ms", "20")}) as mesh:
+    async with running_mesh(tmp_path, {"a": STEADY}) as mesh:
         call = mesh.llm.Chat(chat(max_tokens=400))
         tokens = 0
         with pytest.raises(grpc.aio.AioRpcError) as caught:
@@ -177,7 +181,7 @@ async def test_deadline_and_cancellation_reach_the_engine(tmp_path: Path) -> Non
         async def idle() -> bool:
             return await engine_load(mesh, "a") == (0, 0) and await in_flight(mesh) == 0
 
-        await until(idle, 1)
+        await until(idle, 10)  # it had 30 s to go
 
         async def vanish(wait_s: float) -> None:
             call = mesh.llm.Chat(chat(max_tokens=1000))
@@ -186,25 +190,25 @@ async def test_deadline_and_cancellation_reach_the_engine(tmp_path: Path) -> Non
             call.cancel()
 
         await asyncio.gather(*(vanish(i / 400) for i in range(100)))
-        await until(idle, 1)
+        await until(idle, 10)
 
 
 async def test_a_full_instance_makes_wait_and_the_queue_is_bounded(tmp_path: Path) -> None:
     one = ("--prefill-tps", "1e6", "--step-ms", "10", "--max-running", "1")
     bounds = {"max_requests": 2, "max_wait_s": 20}
     async with running_mesh(tmp_path, {"a": one}, queue=bounds) as mesh:
-        first = mesh.llm.Chat(chat(max_tokens=100))
+        first = mesh.llm.Chat(chat(max_tokens=2000))
         await first.read()
         waiting = [asyncio.create_task(answer(mesh.llm.Chat(chat()))) for _ in range(2)]
         await asyncio.sleep(0.2)
         error = await failure(mesh.llm.Chat(chat()))
         assert error.reason is Reason.QUEUE_FULL and error.retry_after_s > 0
         assert (await mesh.llm.Tokenize(lm.TokenizeRequest(model="chat", text="free of slots"))).token_ids
-        await answer(first)
+        first.cancel()
         assert [text for text, _ in await asyncio.gather(*waiting)] == [" w0 w1 w2 w3 w4 w5 w6 w7"] * 2
         assert await in_flight(mesh) == 0
     async with running_mesh(tmp_path / "..", {"b": one}, queue={"max_wait_s": 0.3}) as mesh:
-        first = mesh.llm.Chat(chat(max_tokens=200))
+        first = mesh.llm.Chat(chat(max_tokens=2000))
         await first.read()
         error = await failure(mesh.llm.Chat(chat()))
         assert error.reason is Reason.QUEUE_TIMEOUT and error.retry_after_s > 0
@@ -233,7 +237,7 @@ async def test_out_of_range_corrects_the_count_and_goes_elsewhere(tmp_path: Path
 
 
 async def test_list_watch_explain_and_drain(tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, {"a": (*FAST, "--device", "A800-80G"), "b": ("--step-ms", "30")}) as mesh:
+    async with running_mesh(tmp_path, {"a": (*STEADY, "--device", "A800-80G"), "b": ("--step-ms", "30")}) as mesh:
         listed = await mesh.mesh.ListInstances(ms.ListInstancesRequest())
         assert [(i.id, i.kind, i.model, i.state) for i in listed.instances] == [
             ("a", "llm", "chat", "healthy"),
@@ -249,12 +253,12 @@ async def test_list_watch_explain_and_drain(tmp_path: Path) -> None:
         assert (await failure(mesh.mesh.Explain(ms.ExplainRequest(request_id="x")))).reason is Reason.NOT_FOUND
         watch = mesh.mesh.WatchInstances(ms.WatchInstancesRequest())
         assert len((await watch.read()).instances) == 2
-        running = asyncio.create_task(answer(mesh.llm.Chat(chat(max_tokens=60))))
+        running = asyncio.create_task(answer(mesh.llm.Chat(chat(max_tokens=150))))
 
         async def begun() -> bool:  # there, by its own count: what is still on its way would go to the other
             return any([(await engine_load(mesh, id))[0] for id in ("a", "b")])
 
-        await until(begun, 2)
+        await until(begun, 20)
         busy = next(i for i in (await mesh.mesh.ListInstances(ms.ListInstancesRequest())).instances if i.in_flight).id
         link = worker_pb2_grpc.WorkerServiceStub(await mesh.dial(mesh.instances[busy].address)).Link()
         await link.write(LinkRequest(hello=GatewayHello(gateway_id="another")))
@@ -264,20 +268,20 @@ async def test_list_watch_explain_and_drain(tmp_path: Path) -> None:
         async def leaving() -> bool:
             return (await mesh.states()).get(busy) in ("draining", None)
 
-        await until(leaving, 2)
+        await until(leaving, 20)
         other = {"a": "b", "b": "a"}[busy]
         _, events = await answer(mesh.llm.Chat(chat()))
         assert events[0].started.instance_id == other
         text, events = await running
-        assert len(text.split()) == 60 and events[0].started.instance_id == busy
+        assert len(text.split()) == 150 and events[0].started.instance_id == busy
         frames = [frame.WhichOneof("frame") async for frame in link]
         assert frames[0] == "hello" and frames.count("draining") == 1 and frames[-1] == "goodbye"
 
         async def gone() -> bool:
             return list(await mesh.states()) == [other]
 
-        await until(gone, 5)
-        assert await asyncio.to_thread(mesh.instances[busy].popen.wait, 10) == 0
+        await until(gone, 20)
+        assert await asyncio.to_thread(mesh.instances[busy].popen.wait, 20) == 0
         while len((await watch.read()).instances) != 1:
             pass
         watch.cancel()
@@ -312,7 +316,7 @@ async def test_keys_tenants_models_and_tokens_a_minute(tmp_path: Path) -> None:
             listed = await mesh.mesh.ListInstances(ms.ListInstancesRequest(), metadata=who("root"))
             return [i.state for i in listed.instances] == ["healthy"]
 
-        await until(there, 5)
+        await until(there, 20)
         for secret, seen in (("alice", 1), ("bob", 0)):
             listed = await mesh.mesh.ListInstances(ms.ListInstancesRequest(), metadata=who(secret))
             kind = ms.ListInstancesRequest(kind="lmm")  # none of them, and not nobody
@@ -336,7 +340,7 @@ async def test_keys_tenants_models_and_tokens_a_minute(tmp_path: Path) -> None:
 
 
 async def test_a_gateway_drains_on_sigterm_and_a_taken_port_is_told(tmp_path: Path) -> None:
-    async with running_mesh(tmp_path, {"a": ("--prefill-tps", "1e6", "--step-ms", "20")}) as mesh:
+    async with running_mesh(tmp_path, {"a": STEADY}) as mesh:
         health = health_pb2_grpc.HealthStub(mesh.channel)
         service = health_pb2.HealthCheckRequest(service="infermesh.v1.LanguageModelService")
         assert (await health.Check(service)).status == health_pb2.HealthCheckResponse.SERVING
@@ -348,16 +352,19 @@ async def test_a_gateway_drains_on_sigterm_and_a_taken_port_is_told(tmp_path: Pa
         out, err = await second.communicate()
         assert second.returncode == 2 and out == b"" and mesh.address.encode() in err
 
-        call = mesh.llm.Chat(chat(max_tokens=50))
-        await call.read()
+        call = mesh.llm.Chat(chat(max_tokens=200))
+        first = await call.read()
         mesh.stop.ask()
-        await asyncio.sleep(0.1)
-        assert (await health.Check(service)).status == health_pb2.HealthCheckResponse.NOT_SERVING
+
+        async def unwell() -> bool:
+            return (await health.Check(service)).status == health_pb2.HealthCheckResponse.NOT_SERVING  # type: ignore[no-any-return]
+
+        await until(unwell, 3)
         refused = await failure(mesh.llm.Chat(chat()))
         assert refused.reason is Reason.DRAINING
         text, _ = await answer(call)
-        assert len(text.split()) == 49  # the first was read above
-        assert await asyncio.wait_for(mesh.task, 5) == 0  # type: ignore[arg-type]
+        assert len((first.deltas[0].content + text).split()) == 200
+        assert await asyncio.wait_for(mesh.task, 20) == 0  # type: ignore[arg-type]
 
 
 async def test_a_gateway_process_ends_on_sigterm(tmp_path: Path) -> None:
@@ -368,10 +375,10 @@ async def test_a_gateway_process_ends_on_sigterm(tmp_path: Path) -> None:
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-c", code), cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
     )
-    await until(lambda: ready.exists() or process.returncode is not None, 15)
+    await until(lambda: ready.exists() or process.returncode is not None, 60)
     assert json.loads(ready.read_text())["http"].startswith("127.0.0.1:")
     os.kill(process.pid, signal.SIGTERM)
-    out, err = await asyncio.wait_for(process.communicate(), 10)
+    out, err = await asyncio.wait_for(process.communicate(), 30)
     assert process.returncode == 0 and out == b"", err.decode()
     assert all(json.loads(line) for line in err.splitlines())
 

@@ -104,7 +104,7 @@ async def test_a_chat_tells_who_answers_first_and_the_usage_last() -> None:
 
 
 async def test_nothing_is_sent_before_the_first_token() -> None:
-    async with running(speed={"prefill_tps": 100}) as mesh:
+    async with running(speed={"prefill_tps": 50}) as mesh:
         call = mesh.stub.Complete(lm.CompleteRequest(model="chat", text="a " * 50))
         with pytest.raises(TimeoutError):
             await asyncio.wait_for(asyncio.shield(asyncio.ensure_future(call.initial_metadata())), 0.25)
@@ -146,12 +146,12 @@ async def test_a_resumed_stream_keeps_its_name_and_goes_on() -> None:
 async def test_delivery_merges_events_without_holding_the_first() -> None:
     async with running(speed={"step_ms": 10}) as mesh:
         request = chat(sampling=sampling(max_tokens=40), delivery=Delivery(min_interval_ms=100, token_ids=True))
-        began, times, ids = time.perf_counter(), [], []
+        began, events = time.perf_counter(), []
         async for reply in mesh.stub.Chat(request):
-            times.append(time.perf_counter() - began)
-            ids += [i for delta in reply.deltas for i in delta.token_ids]
-        assert ids == list(range(40))
-        assert times[0] < 0.09 and 4 <= len(times) <= 7
+            events.append([i for delta in reply.deltas for i in delta.token_ids])
+        took_s = time.perf_counter() - began
+        assert [i for ids in events for i in ids] == list(range(40))
+        assert events[0] == [0] and 3 <= len(events) <= 3 + took_s / 0.1
 
 
 async def test_what_is_held_goes_out_although_the_engine_has_stalled() -> None:
@@ -172,7 +172,7 @@ async def test_what_is_held_goes_out_although_the_engine_has_stalled() -> None:
         began, times = time.perf_counter(), []
         async for _ in mesh.stub.Chat(request):
             times.append(time.perf_counter() - began)
-        assert len(times) == 3 and times[1] < 0.5 and times[2] > 0.9
+        assert len(times) == 3 and times[2] > 0.9 and times[2] - times[1] > 0.4
 
 
 async def test_a_hundred_clients_that_vanish_leave_nothing_behind() -> None:
@@ -191,10 +191,12 @@ async def test_a_hundred_clients_that_vanish_leave_nothing_behind() -> None:
         assert (load.running, load.waiting, mesh.arrivals.running) == (40, 60, 100)
         await asyncio.gather(*(channel.close(grace=None) for channel in channels))
         await asyncio.wait(readers)
-        gone = time.perf_counter()
-        while mesh.engine.load().running or mesh.engine.load().waiting or mesh.arrivals.running:
-            assert time.perf_counter() - gone < 1, mesh.engine.load()
-            await asyncio.sleep(0.005)
+
+        def idle() -> bool:
+            load = mesh.engine.load()
+            return (load.running, load.waiting, mesh.arrivals.running) == (0, 0, 0)
+
+        await until(idle, 20)  # they had 100 s to go
         assert mesh.engine.load().kv_used_ratio == 0
 
 
@@ -204,15 +206,14 @@ async def test_a_deadline_ends_the_work_in_the_engine() -> None:
             request = chat(sampling=sampling(max_tokens=5000), delivery=Delivery(min_interval_ms=interval))
             error = from_rpc(await error_of(mesh.stub.Chat(request, timeout=0.2)))
             assert error.reason is Reason.DEADLINE_EXCEEDED
-            await asyncio.sleep(0.1)
-            assert mesh.engine.load().running == 0 and mesh.arrivals.running == 0
+            await until(lambda: mesh.engine.load().running == 0 and mesh.arrivals.running == 0, 10)
 
 
 async def test_beyond_the_batch_and_a_small_queue_it_is_full() -> None:
     async with running(speed={"step_ms": 5}, max_running=2, max_waiting=1) as mesh:
         calls = [mesh.stub.Chat(chat(sampling=sampling(max_tokens=5000))) for _ in range(3)]
         readers = [asyncio.ensure_future(call.read()) for call in calls]
-        await asyncio.sleep(0.1)
+        await until(lambda: (mesh.engine.load().running, mesh.engine.load().waiting) == (2, 1), 10)
         error = from_rpc(await error_of(mesh.stub.Chat(chat())))
         assert error.reason is Reason.INSTANCE_FULL and error.retry_after_s
         for call in calls:

@@ -17,7 +17,7 @@ from services.llm.engines import openai_http
 from services.llm.engines.openai_http import OpenAiHttpEngine
 from services.llm.engines.openai_reply import SseLines
 from services.llm.settings import LlmSettings
-from tests.kit.mesh import running_mesh
+from tests.kit.mesh import running_mesh, until
 from tests.kit.openai_server import USAGE, Fake, adopted, chat, chunk, collect, text_of
 
 
@@ -210,12 +210,12 @@ async def test_leaving_closes_the_connection_so_that_the_server_stops() -> None:
         await anext(events)
         assert (engine.load().running, fake.open) == (1, 1)
         await events.aclose()  # type: ignore[attr-defined]
-        await asyncio.wait_for(fake.gone.wait(), 1)
+        await asyncio.wait_for(fake.gone.wait(), 20)
         fake.gone.clear()
         waiting = asyncio.create_task(collect(engine.chat(chat())))
-        await asyncio.sleep(0.1)
+        await until(lambda: fake.open == 1, 20)
         waiting.cancel()
-        await asyncio.wait_for(fake.gone.wait(), 1)
+        await asyncio.wait_for(fake.gone.wait(), 20)
         assert engine.load().running == 0
 
 
@@ -234,13 +234,13 @@ async def test_a_server_that_goes_silent_or_away_is_lost() -> None:
 
 async def test_it_is_dead_when_nobody_listens_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_http, "WATCH_S", 0.02)
-    monkeypatch.setattr(openai_http, "GONE_AFTER_S", 0.2)
+    monkeypatch.setattr(openai_http, "GONE_AFTER_S", 1.0)
     async with adopted(Fake()) as (engine, _):
         died = asyncio.create_task(engine.died())
-        await asyncio.sleep(0.4)
+        await asyncio.sleep(1.5)
         assert not died.done()
         engine._base = "http://127.0.0.1:1"
-        assert "nobody has answered" in await asyncio.wait_for(died, 5)
+        assert "nobody has answered" in await asyncio.wait_for(died, 20)
 
 
 async def test_the_key_is_read_from_its_file_and_sent(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from infermesh.v1 import language_model_pb2 as lm
-from tests.kit.mesh import TestMesh, running_mesh
+from tests.kit.mesh import TestMesh, running_mesh, until
 
 STREAMS = 64
 TOKENS = 200
@@ -51,18 +51,28 @@ def question(number: int, **sampling: Any) -> lm.ChatRequest:
     return lm.ChatRequest(model="chat", messages=[message], sampling=lm.Sampling(max_tokens=TOKENS, **sampling))
 
 
-async def listen(mesh: TestMesh, number: int, **sampling: Any) -> tuple[Heard, dict[str, str], dict[str, str]]:
-    heard = Heard()
+async def listen(
+    mesh: TestMesh, number: int, heard: Heard | None = None, **sampling: Any
+) -> tuple[Heard, dict[str, str], dict[str, str]]:
+    heard = heard or Heard()
     call = mesh.llm.Chat(question(number, **sampling))
     async for event in call:
         heard.take(event)
     return heard, dict(await call.initial_metadata()), dict(await call.trailing_metadata())
 
 
+async def begun(mesh: TestMesh, streams: int) -> list[asyncio.Task[tuple[Heard, dict[str, str], dict[str, str]]]]:
+    """So many streams, each of which has said something."""
+    heard = [Heard() for _ in range(streams)]
+    asked = [asyncio.create_task(listen(mesh, number, one)) for number, one in enumerate(heard)]
+    await until(lambda: all(one.ids for one in heard), 20)
+    return asked
+
+
 async def test_nobody_notices_a_death_under_64_streams(tmp_path: Path) -> None:
     async with running_mesh(tmp_path, THREE) as mesh:
-        asked = [asyncio.create_task(listen(mesh, number)) for number in range(STREAMS)]
-        await asyncio.sleep(0.7 + random.random())
+        asked = await begun(mesh, STREAMS)
+        await asyncio.sleep(random.random() / 2)
         mesh.instances["one"].kill()
         answers = await asyncio.gather(*asked)
         moved = [trailers for _, _, trailers in answers if "x-infermesh-resumes" in trailers]
@@ -83,8 +93,7 @@ async def test_nobody_notices_a_death_under_64_streams(tmp_path: Path) -> None:
 
 async def test_a_frozen_instance_is_left_and_what_it_says_late_is_not_heard(tmp_path: Path) -> None:
     async with running_mesh(tmp_path, THREE) as mesh:
-        asked = [asyncio.create_task(listen(mesh, number)) for number in range(12)]
-        await asyncio.sleep(1)
+        asked = await begun(mesh, 12)
         mesh.instances["one"].popen.send_signal(signal.SIGSTOP)
         await asyncio.sleep(3)
         mesh.instances["one"].popen.send_signal(signal.SIGCONT)
@@ -99,8 +108,7 @@ async def test_a_frozen_instance_is_left_and_what_it_says_late_is_not_heard(tmp_
 async def test_a_drain_that_cannot_wait_hands_its_streams_over(tmp_path: Path) -> None:
     hasty = (*PACE, "--grace-s", "0.5")
     async with running_mesh(tmp_path, {"one": hasty, "two": hasty}) as mesh:
-        asked = [asyncio.create_task(listen(mesh, number)) for number in range(8)]
-        await asyncio.sleep(0.5)
+        asked = await begun(mesh, 8)
         mesh.instances["one"].popen.terminate()
         answers = await asyncio.gather(*asked)
         assert all(heard.text == SAID and heard.ids == list(range(TOKENS)) for heard, _, _ in answers)
@@ -111,12 +119,12 @@ async def test_a_stream_outlives_two_instances_and_its_stop_string_spans_the_sea
     async with running_mesh(tmp_path, THREE) as mesh:
         whole = await listen(mesh, 1, stop=[" w150 w151"], logprobs=2)
         call = mesh.llm.Chat(question(2, stop=[" w150 w151"], logprobs=2))
-        heard, logprobs = Heard(), []
+        heard, logprobs, seams = Heard(), [], [40, 120]
         async for event in call:
             heard.take(event)
             logprobs += [line for delta in event.deltas for line in delta.logprobs]
-            if len(heard.ids) in (40, 120):
-                served = heard.started[0].instance_id if len(heard.ids) == 40 else ""
+            if seams and len(heard.ids) >= seams[0]:
+                served = heard.started[0].instance_id if seams.pop(0) == 40 else ""
                 living = [child for child in mesh.instances.values() if not child.ended]
                 states = await mesh.mesh.ListInstances(_everybody())
                 busy = served or next(line.id for line in states.instances if line.in_flight)
@@ -161,10 +169,15 @@ async def test_a_whole_answer_goes_on_too_and_is_made_once(tmp_path: Path) -> No
     async with running_mesh(tmp_path, two, http="127.0.0.1:0") as mesh, aiohttp.ClientSession() as http:
         body = {"model": "chat", "messages": [{"role": "user", "content": "hi"}], "max_tokens": TOKENS}
 
+        async def busy() -> list[str]:
+            listed = await mesh.mesh.ListInstances(_everybody())
+            return [line.id for line in listed.instances if line.in_flight]
+
         async def kill() -> None:
-            await asyncio.sleep(1.3)
-            states = await mesh.mesh.ListInstances(_everybody())
-            mesh.instances[next(line.id for line in states.instances if line.in_flight)].kill()
+            await until(busy, 20)
+            await asyncio.sleep(0.9)
+            (serves,) = await busy()
+            mesh.instances[serves].kill()
 
         killing = asyncio.create_task(kill())
         async with http.post(f"http://{mesh.http}/v1/chat/completions", json=body) as reply:

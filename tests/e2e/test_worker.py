@@ -71,10 +71,8 @@ async def test_load_comes_when_it_changes_and_as_a_heartbeat(bench):
         bench.load.running = 1
         changed = (await call.read()).load
         assert (changed.running, changed.seen_seq, changed.own_running, changed.own_queued_tokens) == (1, 9, 1, 40)
-        before = asyncio.get_running_loop().time()
         beat = (await call.read()).load
-        assert beat.running == 1
-        assert asyncio.get_running_loop().time() - before > 0.5
+        assert beat.running == 1 and beat.taken_at_ms - changed.taken_at_ms >= 990
     call.cancel()
 
 

@@ -20,6 +20,9 @@ from registry.host import EmbeddedRegistry
 from registry.port import Registry, Snapshot
 from tests.kit.consul import ROOT, ConsulServer
 
+PATIENCE_S = 30.0  # of who only waits for what comes; a machine may be busy
+LEAVING_S = 8.0  # a loss is doubted for 10 s, a departure is not
+
 
 class Backend(Protocol):
     url: str
@@ -120,8 +123,9 @@ class Watching:
     def last(self) -> Snapshot:
         return self.seen[-1][1]
 
-    async def until(self, holds: Callable[[Snapshot], bool], within_s: float) -> float:
-        """Seconds from now until a snapshot fulfils the condition."""
+    async def until(self, holds: Callable[[Snapshot], bool], within_s: float = PATIENCE_S) -> float:
+        """Seconds from now until a snapshot fulfils the condition. `within_s` is for what is promised, or would come
+        about by other means later on."""
         start = time.monotonic()
         while not (self.seen and holds(self.last)):
             left = start + within_s - time.monotonic()
@@ -134,6 +138,11 @@ class Watching:
     async def close(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+
+
+def first_seen(watching: Watching, id: str) -> Snapshot:
+    """The first snapshot that lists it."""
+    return next(s for _, s in watching.seen if id in ids(s, passing=False))
 
 
 def ids(snapshot: Snapshot, *, passing: bool = True) -> set[str]:
