@@ -141,7 +141,7 @@ def settings_of(given: dict[str, Any]) -> LlmSettings:
 
 def _range(text: str) -> tuple[int, int]:
     low, dash, high = text.partition("-")
-    if not (dash and low.isdigit() and high.isdigit()):
+    if not (dash and low.isdecimal() and high.isdecimal()):
         raise ValueError(f"context: {text!r} is not MIN-MAX, e.g. 0-16384")
     return int(low), int(high)
 

@@ -28,7 +28,7 @@ def split(addresses: str | Sequence[str]) -> tuple[list[str], bool]:
     found = [address.removeprefix(TLS) for address in told]
     for address in found:
         host, _, port = address.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536 or "//" in host:
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536 or "//" in host:
             raise ValueError(f"{address!r} is not HOST:PORT or {TLS}HOST:PORT, e.g. {DEFAULT}")
     if not found:
         raise ValueError(f"no gateway is named; give HOST:PORT, e.g. {DEFAULT}")

@@ -216,6 +216,6 @@ def target_of(endpoint: str) -> str:
     """
     target = endpoint.removeprefix("https://").removeprefix("http://").rstrip("/")
     host, colon, port = target.rpartition(":")
-    if not (host and colon and port.isdigit()) or "/" in target:
+    if not (host and colon and port.isdecimal()) or "/" in target:
         raise ValueError(f"{endpoint!r} is not http://HOST:PORT (OTLP over gRPC, mostly port 4317)")
     return target

@@ -205,5 +205,10 @@ def _guess_tokens(request: Generation) -> int:
     has said of the answer is computed like them."""
     said = len(request.relay.resume.token_ids)
     if isinstance(request, lm.CompleteRequest):
-        return said + (len(request.token_ids.ids) or len(request.text) // 4)
-    return said + sum(len(m.content) + sum(len(part.text) for part in m.parts) for m in request.messages) // 4
+        return said + (len(request.token_ids.ids) or _size(request.text) // 4)
+    return said + sum(_size(m.content) + sum(_size(part.text) for part in m.parts) for m in request.messages) // 4
+
+
+def _size(text: str) -> int:
+    """In bytes, as gateways estimate: a character of Chinese is three of them, and most of a token."""
+    return len(text) if text.isascii() else len(text.encode())

@@ -127,7 +127,7 @@ def raw_request(path: str, body: bytes | dict[str, Any] | None, method: str = "P
         fields["content-type"] = "application/json"
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     lines = [f"{method} {path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items() if value is not None)]
-    return "\r\n".join(lines).encode() + b"\r\n\r\n" + data
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + data
 
 
 async def ask(

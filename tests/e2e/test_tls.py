@@ -117,7 +117,7 @@ async def test_every_hop_over_tls_and_nobody_in_who_is_not_vouched_for(
             except (MeshError, aiohttp.ClientError):
                 return False
 
-        await until(renewed, 10)
+        await until(renewed, 30)
         door[1].write_text("no key")
         await asyncio.sleep(0.6)
         assert await renewed(), "what cannot be used changes nothing"
@@ -133,7 +133,7 @@ async def test_the_embedded_registry_over_tls(tmp_path: Path) -> None:
         shared = ("--registry", f"mesh://{registry.told()['address']}", "--registry-ca-file", str(ca))
         children.start("llm", "--engine", "scripted", "--model", "chat", "--listen", "127.0.0.1:0", *shared)
         gateway = children.start("gateway", "--grpc", "127.0.0.1:0", "--http", "", *shared)
-        async with AsyncClient(gateway.told()["grpc"], timeout=5) as client:
+        async with AsyncClient(gateway.told()["grpc"], timeout=30) as client:
 
             async def healthy() -> bool:
                 return [one.state for one in await client.instances()] == ["healthy"]

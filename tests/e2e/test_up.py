@@ -37,7 +37,7 @@ exec %s "$@"
 """
 
 
-def wait_for(what: Callable[[], Any], seconds: float = 30, every: float = 0.05) -> Any:
+def wait_for(what: Callable[[], Any], seconds: float = 90, every: float = 0.05) -> Any:
     """What `what` returns once it is true."""
     deadline = time.monotonic() + seconds
     while True:
@@ -88,7 +88,7 @@ class Up:
 
     def cli(self, *words: str) -> subprocess.CompletedProcess[str]:
         env = {**os.environ, "INFERMESH_GATEWAY": self.run_file()["gateway"]}
-        return subprocess.run([*CLI, *words], cwd=self.folder, env=env, capture_output=True, text=True, timeout=30)
+        return subprocess.run([*CLI, *words], cwd=self.folder, env=env, capture_output=True, text=True, timeout=60)
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid, number)
@@ -211,7 +211,7 @@ def test_a_second_signal_does_not_wait(tmp_path: Path) -> None:
         time.sleep(1)
         assert mesh.process.poll() is None, "it waits for the stubborn one"
         mesh.signal(signal.SIGTERM)
-        assert mesh.process.wait(10) == 0
+        assert mesh.process.wait(30) == 0
         assert mesh.left() == []
 
 

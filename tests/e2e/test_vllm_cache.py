@@ -57,16 +57,16 @@ async def test_gateways_hear_what_vllm_stores_and_evicts(client: Client) -> None
         chain = list(first.relay.prefix_chain)
         share = prefix(first, b"one", 0).share
         await send(client, first)
-        await until(lambda: set(chain) <= listener.known, 5)
+        await until(lambda: set(chain) <= listener.known)
         assert listener.frames[0].snapshot
 
         foreign = ask("alpha", b"two")
         assert (await send(client, foreign)).cached_tokens == 0
-        await until(lambda: set(foreign.relay.prefix_chain) <= listener.known, 5)
+        await until(lambda: set(foreign.relay.prefix_chain) <= listener.known)
 
         other = ask("another")
         await send(client, other)
-        await until(lambda: set(other.relay.prefix_chain) <= listener.known, 5)
+        await until(lambda: set(other.relay.prefix_chain) <= listener.known)
         left = next((at for at, hash in enumerate(chain) if hash not in listener.known), len(chain))
         assert left < len(chain), "three such prompts do not fit"
         assert not set(chain[left:]) & listener.known, "a prefix is evicted from its end"
@@ -74,9 +74,9 @@ async def test_gateways_hear_what_vllm_stores_and_evicts(client: Client) -> None
         again = await send(client, first)
         block = share * again.prompt_tokens
         assert left * block - BLOCK <= again.cached_tokens <= (left + 1) * block, "what was told is what it found"
-        await until(lambda: set(chain) <= listener.known, 5)
+        await until(lambda: set(chain) <= listener.known)
 
     late = CacheListener(client.worker, "late")
     async with late:
-        await until(lambda: set(chain) <= late.known, 5)
+        await until(lambda: set(chain) <= late.known)
         assert late.frames[0].snapshot

@@ -17,6 +17,7 @@ from infermesh.v1.inference_pb2 import Relay, Resume, TokenIds
 from infermesh.v1.worker_pb2 import DescribeRequest
 from tests.kit.llm import BLOCK, CONTEXT, llm_python
 from tests.kit.llm_client import GREEDY, MODEL, Client
+from tests.kit.mesh import until
 
 pytestmark = [pytest.mark.real, pytest.mark.slow, pytest.mark.timeout(240)]
 REFERENCE = Path(__file__).resolve().parents[1] / "kit" / "vllm_reference.py"
@@ -100,18 +101,20 @@ async def test_a_hundred_vanished_clients_leave_nothing(vllm: Client) -> None:
     sampling = lm.Sampling(max_tokens=3500, ignore_eos=True)
     calls = [vllm.stub.Complete(lm.CompleteRequest(model=MODEL, text=f"{i}", sampling=sampling)) for i in range(100)]
     await asyncio.gather(*(call.read() for call in calls))
-    for _ in range(50):
+
+    async def all_run() -> bool:
         load = await vllm.load()
-        if load.running == 100:
-            break
-        await asyncio.sleep(0.02)
-    assert load.running == 100 and load.kv_used_ratio > 0 and load.resident_tokens > 0
+        return load.running == 100 and load.kv_used_ratio > 0 and load.resident_tokens > 0
+
+    async def idle() -> bool:
+        load = await vllm.load()
+        return (load.running, load.waiting, load.kv_used_ratio, load.resident_tokens) == (0, 0, 0, 0)
+
+    await until(all_run)
     for call in calls:
         call.cancel()
-    await asyncio.sleep(1)
-    load = await vllm.load()
-    assert (load.running, load.waiting, load.kv_used_ratio, load.resident_tokens) == (0, 0, 0, 0)
-    steps = load.steps
+    await until(idle, 10)
+    steps = (await vllm.load()).steps
     await asyncio.sleep(0.3)
     assert (await vllm.load()).steps == steps, "the engine still computes for nobody"
 
@@ -122,8 +125,11 @@ async def test_a_deadline_reaches_the_engine(vllm: Client) -> None:
         async for _ in vllm.stub.Complete(request, timeout=0.3):
             pass
     assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-    await asyncio.sleep(1)
-    assert (await vllm.load()).running == 0
+
+    async def idle() -> bool:
+        return (await vllm.load()).running == 0
+
+    await until(idle, 10)
 
 
 async def test_stop_strings(vllm: Client, reference: dict[str, Any]) -> None:

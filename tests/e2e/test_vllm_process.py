@@ -76,12 +76,12 @@ def test_four_parts_then_the_engine_is_killed(start: Start, tmp_path: Path) -> N
         killed = time.monotonic()
         with pytest.raises(grpc.RpcError) as lost:
             list(running)
-        assert time.monotonic() - killed < 2, "its callers were told too late"
+        assert time.monotonic() - killed < 5, "its callers were told too late"
         assert lost.value.code() in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNAVAILABLE)
-    assert service.process.wait(15) == 1
+    assert service.process.wait(30) == 1
     log = service.log.read_text()
     assert "the engine is dead: vLLM's EngineCore" in log and "signal 9" in log
-    assert wait_until(lambda: not service.children(), 5), service.children()
+    assert wait_until(lambda: not service.children(), 20), service.children()
 
 
 def test_a_killed_service_leaves_no_process(start: Start) -> None:
@@ -89,8 +89,8 @@ def test_a_killed_service_leaves_no_process(start: Start) -> None:
     service.wait_ready()
     core = service.engine_core()
     service.process.kill()
-    assert wait_until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 5), "an orphaned engine"
-    assert wait_until(lambda: not service.children(), 5), service.children()
+    assert wait_until(lambda: not core.is_running() or core.status() == psutil.STATUS_ZOMBIE, 20), "an orphaned engine"
+    assert wait_until(lambda: not service.children(), 20), service.children()
 
 
 def test_told_to_stop_while_loading(start: Start) -> None:
@@ -99,7 +99,7 @@ def test_told_to_stop_while_loading(start: Start) -> None:
     began = time.monotonic()
     assert service.close() == 0
     assert time.monotonic() - began < 25
-    assert wait_until(lambda: not service.children(), 5), service.children()
+    assert wait_until(lambda: not service.children(), 20), service.children()
 
 
 @pytest.mark.parametrize(

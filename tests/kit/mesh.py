@@ -60,7 +60,7 @@ class TestMesh:
         child = self.instances[id] = Child(self.folder, id, infermesh(*words))
         self.stack.callback(child.destroy)
         if wait:
-            await until(lambda: child.serves, 20)
+            await until(lambda: child.serves, 60)
         return child
 
     async def states(self) -> dict[str, str]:
@@ -72,10 +72,10 @@ class TestMesh:
             states = await self.states()
             return all(states.get(id) == "healthy" for id in ids)
 
-        await until(check, 10)
+        await until(check, 30)
 
 
-async def until(check: Callable[[], Any], timeout_s: float) -> None:
+async def until(check: Callable[[], Any], timeout_s: float = 20) -> None:
     async with asyncio.timeout(timeout_s):
         while True:
             found = check()
@@ -117,11 +117,11 @@ async def running_mesh(
         async def leave() -> None:
             mesh.stop.ask()
             assert mesh.task is not None
-            await asyncio.wait_for(mesh.task, 15)
+            await asyncio.wait_for(mesh.task, 30)
 
         stack.push_async_callback(leave)
         await asyncio.gather(*(mesh.start(id, *flags, model=model) for id, flags in instances.items()))
-        await until(lambda: ready.exists() or mesh.task.done(), 10)  # type: ignore[union-attr]
+        await until(lambda: ready.exists() or mesh.task.done(), 30)  # type: ignore[union-attr]
         told = json.loads(ready.read_text())
         mesh.address, mesh.http = told["grpc"], told["http"]
         mesh.channel = await mesh.dial(mesh.address)

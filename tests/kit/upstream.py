@@ -70,7 +70,7 @@ async def upstream(*instances: FakeInstance, bounds: Bounds | None = None) -> As
     made = Upstream(forwarder, carrier, directory)
     directory.apply(Snapshot(tuple(Entry(instance.endpoint) for instance in instances)))
     try:
-        await until(lambda: all(made.state(i.endpoint.id) == "healthy" for i in instances if not i.hello_id), 5)
+        await until(lambda: all(made.state(i.endpoint.id) == "healthy" for i in instances if not i.hello_id), 20)
         yield made
     finally:
         for task in tasks:

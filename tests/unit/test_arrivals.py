@@ -1,7 +1,9 @@
 import pytest
 
+from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.inference_pb2 import Relay
 from services.chassis.arrivals import Arrivals
+from services.llm.service import _guess_tokens
 
 
 async def test_shares_are_a_gateways_own():
@@ -41,3 +43,12 @@ async def test_a_gateway_is_remembered_while_it_is_linked_or_has_something_runni
         with arrivals.enter(Relay(gateway_id=f"a-{life}", seq=1)), arrivals.linked(f"a-{life}"):
             pass
     assert not arrivals._shares and not arrivals._links
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("word " * 100, 125), ("知识库" * 100, 225)])
+def test_prompts_nobody_has_counted_are_guessed_by_their_bytes_as_gateways_do(text, tokens):
+    """Fewer than a gateway's own estimate, and it would take the rest for computed."""
+    parts = lm.Message(role=lm.ROLE_USER, parts=[lm.ContentPart(text=text)])
+    assert _guess_tokens(lm.CompleteRequest(text=text)) == tokens
+    assert _guess_tokens(lm.ChatRequest(messages=[lm.Message(role=lm.ROLE_USER, content=text)])) == tokens
+    assert _guess_tokens(lm.ChatRequest(messages=[parts, parts])) == 2 * tokens

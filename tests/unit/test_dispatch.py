@@ -15,6 +15,7 @@ from services.chassis.encoding.microbatch import Limits
 from services.chassis.encoding.replicas import ReplicaLost, ReplicaRefused
 from services.chassis.encoding.rows import HEAD_BYTES as HEAD
 from services.chassis.encoding.rows import Row, pack_batch, unpack_batch, unpack_head
+from tests.kit.mesh import until
 
 
 class Fake:
@@ -80,7 +81,7 @@ async def test_rows_with_different_prompts_are_never_pooled_alike() -> None:
 
 
 async def test_a_lost_batch_is_tried_once_more_and_a_hung_replica_killed() -> None:
-    dispatcher = Dispatcher(Limits(), timeout_s=0.05)
+    dispatcher = Dispatcher(Limits(), timeout_s=1)
     fake = Fake(dispatcher, [ReplicaLost("gone"), None, TimeoutError(), None])
     assert (await dispatcher.run([row(7)])).tolist() == [[7, 0]] and len(fake.batches) == 2 and not fake.killed
     assert (await dispatcher.run([row(8)])).tolist() == [[8, 0]] and len(fake.batches) == 4 and fake.killed == 1
@@ -104,13 +105,11 @@ async def test_who_leaves_takes_queued_rows_along_and_the_others_get_theirs() ->
     fake.held = asyncio.Event()
     first = asyncio.create_task(dispatcher.run([row(at) for at in range(1, 7)]))
     second = asyncio.create_task(dispatcher.run([row(9)]))
-    await asyncio.sleep(0.01)
-    assert len(fake.batches) == 1
-    assert (dispatcher.running, dispatcher.waiting) == (1, 1)
+    await until(lambda: (len(fake.batches), dispatcher.running, dispatcher.waiting) == (1, 1, 1), 20)
     changed = asyncio.create_task(dispatcher.change())
     await asyncio.sleep(0)
     first.cancel()
-    await asyncio.wait({first, changed}, timeout=5)
+    await asyncio.wait({first, changed}, timeout=20)
     assert first.cancelled() and changed.done() and len(dispatcher.batcher) == 1
     fake.held.set()
     assert (await second).tolist() == [[9, 0]]

@@ -168,7 +168,7 @@ def test_a_session_is_found_and_swept() -> None:
     leader.stdout.close()
     assert sessions.members(leader.pid) == [orphan] and sessions.born(orphan) and not sessions.born(leader.pid)
     started = time.monotonic()
-    assert sessions.sweep(leader.pid) == [] and time.monotonic() - started < 2
+    assert sessions.sweep(leader.pid) == [] and time.monotonic() - started < 4  # 5 s are for those who do not die
     assert sessions.members(leader.pid) == []
     sessions.terminate(leader.pid)  # gone already: no error
 

@@ -119,7 +119,7 @@ async def test_looking_after_a_mesh_leaves_nothing_behind_and_tells_of_one_that_
     await asyncio.sleep(0.5)
     assert len(asyncio.all_tasks()) <= before + 1
     stop.set()
-    assert await asyncio.wait_for(watching, 5) == 0
+    assert await asyncio.wait_for(watching, 20) == 0
     await supervisor.stop(asyncio.Event())
 
 

@@ -47,7 +47,7 @@ class EncodingSettings(InstanceSettings):
             faults.append("kv_tokens: is for LLMs")
         for device in self.devices:
             name, _, number = device.partition(":")
-            if name not in ("auto", "cpu", "cuda") or (number and (name != "cuda" or not number.isdigit())):
+            if name not in ("auto", "cpu", "cuda") or (number and (name != "cuda" or not number.isdecimal())):
                 faults.append(f"devices: {device!r} is not auto, cpu, cuda or cuda:N")
         if not self.source and self.model != DEFAULT_MODEL:
             faults.append(f"source: {self.model} needs a local folder or a hub name (only {DEFAULT_MODEL} has its own)")

@@ -86,7 +86,7 @@ class Exchange:
         """
         limit = self._limits.max_body_bytes
         declared = self.header("content-length") or ""
-        large = declared.isdigit() and int(declared) > limit
+        large = declared.isdecimal() and int(declared) > limit
         fault = self._body_fault()
         if large and int(declared) > DISCARD * limit:
             raise self._too_large(limit)
@@ -144,7 +144,7 @@ class Exchange:
         deadline = None
         given = self.header("x-infermesh-timeout-ms")
         if given is not None:
-            if not given.isdigit() or not 1 <= int(given[:12]) <= 86_400_000:
+            if not given.isdecimal() or not 1 <= int(given[:12]) <= 86_400_000:
                 raise invalid("x-infermesh-timeout-ms", "must be 1 .. 86400000 milliseconds")
             deadline = self.arrived + int(given) / 1000
         elif not streamed and (seconds := self.header("x-stainless-timeout")):

@@ -8,7 +8,8 @@ caches of tenants are kept apart by vLLM only; the time for chat templates is th
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from typing import Any
 
 import aiohttp
@@ -92,8 +93,9 @@ class OpenAiHttpEngine:
             ask.chat.template_args_json = request.template_args_json
             await self._check_range(ask, request.sampling)
         reply = Reply(chat=True, choices=_choices(request), before=before)
-        async for event in self._answer("/v1/chat/completions", body, reply):
-            yield event
+        async with aclosing(self._answer("/v1/chat/completions", body, reply)) as events:
+            async for event in events:
+                yield event
 
     async def complete(self, request: lm.CompleteRequest) -> AsyncIterator[Event]:
         before = await self._before(request)
@@ -103,8 +105,9 @@ class OpenAiHttpEngine:
         if self._settings.context and request.WhichOneof("prompt") == "text":
             await self._check_range(lm.TokenizeRequest(text=request.text), request.sampling)
         reply = Reply(chat=False, choices=_choices(request), before=before)
-        async for event in self._answer("/v1/completions", body, reply):
-            yield event
+        async with aclosing(self._answer("/v1/completions", body, reply)) as events:
+            async for event in events:
+                yield event
 
     async def tokenize(self, request: lm.TokenizeRequest) -> lm.TokenizeResponse:
         upstream = self._known
@@ -210,14 +213,15 @@ class OpenAiHttpEngine:
             raise unsupported("relay.resume", "this server counts no tokens, so that max_tokens could not be kept")
         return 0
 
-    async def _answer(self, path: str, body: dict[str, Any], reply: Reply) -> AsyncIterator[Event]:
+    async def _answer(self, path: str, body: dict[str, Any], reply: Reply) -> AsyncGenerator[Event]:
         if body.get("max_tokens") == 0:  # the one that was lost had said everything but the end
             yield reply.cut()
             return
-        async for event in self._stream(path, body, reply):
-            yield event
+        async with aclosing(self._stream(path, body, reply)) as events:
+            async for event in events:
+                yield event
 
-    async def _stream(self, path: str, body: dict[str, Any], reply: Reply) -> AsyncIterator[Event]:
+    async def _stream(self, path: str, body: dict[str, Any], reply: Reply) -> AsyncGenerator[Event]:
         lines, over = SseLines(), False
         self._in_flight += 1
         answer: aiohttp.ClientResponse | None = None

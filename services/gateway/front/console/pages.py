@@ -142,6 +142,6 @@ def _count(given: dict[str, str], name: str, default: int) -> int:
     text = given.get(name, "")
     if not text:
         return default
-    if not text.isdigit() or len(text) > 9:
+    if not text.isdecimal() or len(text) > 9:
         raise invalid(name, "must be a whole number")
     return int(text)
