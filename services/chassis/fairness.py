@@ -113,6 +113,9 @@ class Holdings:
             self._beyond = None
 
     def take(self, tenant: str, size: Size, now: float) -> None:
+        """Until `give`. What takes no room, as tokenising does, is not held: its tenant may be forgotten meanwhile."""
+        if not any(size):
+            return
         self._roll(now)
         self.see(tenant)
         held = self._held[tenant]
@@ -121,6 +124,8 @@ class Holdings:
         self._beyond = None
 
     def give(self, tenant: str, size: Size) -> None:
+        if not any(size):
+            return
         held = self._held[tenant]
         held.used = held.used.less(size)
         self._beyond = None

@@ -6,6 +6,7 @@ from random import Random
 
 from services.chassis.fairness import MEMORY_S, MOST_KEPT, Holdings, Size, Turns
 from services.chassis.granting import Arbiter, Grant, Want
+from tests.kit.routing import DONE, OLD, endpoint, pick, router
 
 WHOLE = Size(16, 16_000)
 ONE = Size(1, 1000)
@@ -83,3 +84,14 @@ def test_an_instance_hears_all_gateways_and_is_fair_over_all_of_them() -> None:
     assert room.arrive("b", 2.0, 5000, 0, 2, "calm")[0]
     room.ended(inside.pop(), 3.0)
     assert room.grants(3.0) == [Grant("a", 1)], "what nobody else wants is its own"
+
+
+def test_what_takes_no_room_may_outlast_what_is_remembered_of_its_tenant() -> None:
+    """Tokenising has no slot and no KV cache; another tenant's request in the next window forgets who holds nothing."""
+    r = router(endpoint("i", running=4))
+    tokenizing = pick(r, OLD, tenant="a", slots=0, prompt_tokens=0, prompt_bytes=100).lease
+    other = pick(r, OLD + MEMORY_S, tenant="b").lease
+    for lease in (tokenizing, other):
+        r.release(lease, DONE, OLD + MEMORY_S + 1)
+    ledger = r.fleet.instances["i"].ledger
+    assert not ledger.entries and ledger.holdings.used() == 0
