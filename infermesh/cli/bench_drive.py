@@ -14,6 +14,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from infermesh.cli import Failure
 from infermesh.cli.bench_report import Answer, Run
 from infermesh.client.addresses import metadata, split
 from infermesh.errors import from_rpc
@@ -105,6 +106,7 @@ async def _closed(requests: Sequence[Request], prompts: Sequence[str], ask: Ask,
 async def _grpc(target: Target, stack: AsyncExitStack) -> Ask:
     (address, *_), secure = split(target.address)
     channel = await stack.enter_async_context(open_aio_channel(address, channel_options(), Trust() if secure else None))
+    await _reached(channel, address)
     stub: Any = LanguageModelServiceStub(channel)
     pairs = metadata(target.api_key)
 
@@ -129,6 +131,16 @@ async def _grpc(target: Target, stack: AsyncExitStack) -> Ask:
     return ask
 
 
+async def _reached(channel: grpc.aio.Channel, address: str) -> None:
+    """Raises Failure: nobody is there. A run of nothing but refused connections would say nothing of a load."""
+    state = channel.get_state(try_to_connect=True)
+    while state is not grpc.ChannelConnectivity.READY:
+        if state is grpc.ChannelConnectivity.TRANSIENT_FAILURE:
+            raise Failure(f"--target: nobody answers at {address}; `infermesh up` starts a mesh with a gateway")
+        await channel.wait_for_state_change(state)
+        state = channel.get_state(try_to_connect=True)
+
+
 async def _rest(target: Target, stack: AsyncExitStack) -> Ask:
     import aiohttp
 
@@ -140,6 +152,12 @@ async def _rest(target: Target, stack: AsyncExitStack) -> Ask:
             headers=headers,
         )
     )
+
+    try:
+        async with session.get(f"{target.address}/healthz"):
+            pass  # whatever it says: somebody is there
+    except (aiohttp.ClientConnectionError, TimeoutError) as error:
+        raise Failure(f"--target: nobody answers at {target.address}: {error or 'timed out'}") from None
 
     async def ask(request: Request, prompt: str, answer: Answer) -> None:
         body = {

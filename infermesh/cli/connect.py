@@ -81,7 +81,7 @@ def instance(mesh: Client, id: str) -> Instance:
         if one.id == id and one.address:
             return one
     known = ", ".join(sorted(one.id for one in found)) or "nobody"
-    raise Failure(f"{id} is not registered; {known} is", BAD_USAGE)
+    raise Failure(f"{id} is not registered; registered: {known}", BAD_USAGE)
 
 
 def only_model(mesh: Client, kind: str, model: str) -> str:

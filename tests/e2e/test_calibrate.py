@@ -83,4 +83,4 @@ async def test_a_declared_speed_stays_and_no_speed_is_refused(tmp_path):
         _, err = await verb("calibrate", "narrow", "--gateway", mesh.address, code=1)
         assert "not calibrated: " in err and "too narrow a range" in err
         _, err = await verb("calibrate", "nobody", "--gateway", mesh.address, code=2)
-        assert "nobody is not registered; narrow, told is" in err
+        assert "nobody is not registered; registered: narrow, told" in err

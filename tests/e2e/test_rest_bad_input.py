@@ -180,6 +180,11 @@ async def test_every_fault_of_a_body_is_named():
         message = (await ask(server, "/v1/chat/completions", body)).error["message"]
         for path in ("model:", "messages[0].role:", "temperature:", "frob:"):
             assert path in message
+        for body in (CHAT | {"messages": ["hi"]}, CHAT | {"messages": {}}, CHAT | {"stream_options": 3}):
+            told = (await ask(server, "/v1/chat/completions", body)).error["message"]
+            assert "must be a" in told and "Shape" not in told  # no names of ours
+        told = (await ask(server, "/v1/chat/completions", CHAT | {"max_tokens": 10**12})).error["message"]
+        assert told == f"{10**12} is out of range: 1 .. {2**31}"
 
 
 async def test_a_large_body_within_the_limit_passes():

@@ -9,11 +9,19 @@ from typing import Any
 
 from infermesh.v1.mesh_pb2 import ListInstancesRequest
 from tests.e2e.rest_server import ask, connection, raw_request, sse_events
-from tests.e2e.test_rest_bad_input import CHAT, INVALID_CHAT, RAW, UNSUPPORTED_CHAT
+from tests.e2e.test_rest_bad_input import CHAT, INVALID_CHAT, RAW, UNSUPPORTED_CHAT, tool
 from tests.kit.mesh import TestMesh, running_mesh, until
 
 FAST = ("--prefill-tps", "1e6", "--step-ms", "1")
 SLOW = ("--prefill-tps", "1e6", "--step-ms", "20")
+# what only other engines serve, and how the caller called it
+UNSERVED_HERE: list[tuple[dict[str, Any], str]] = [
+    ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"guided_regex": "a"}, "guided_regex"),
+    (tool("f"), "tools"),
+    ({"reasoning_effort": "low"}, "reasoning_effort"),
+    ({"chat_template_kwargs": {"a": 1}}, "chat_template_kwargs"),
+]
 
 
 @dataclass
@@ -41,6 +49,9 @@ async def test_bad_chats_against_the_real_forwarder(tmp_path):
                 answer = await ask(server, "/v1/chat/completions", CHAT | change)
                 told = (answer.status, answer.error["code"], answer.error["param"])
                 assert told == (400, code, param), answer.body[:300]
+        for change, param in UNSERVED_HERE:
+            answer = await ask(server, "/v1/chat/completions", CHAT | change)
+            assert (answer.status, answer.error["code"], answer.error["param"]) == (400, "unsupported", param)
         for name, body in RAW.items():
             assert (await ask(server, "/v1/chat/completions", body)).status == 400, name
         missing = await ask(server, "/v1/chat/completions", CHAT | {"model": "nope"})

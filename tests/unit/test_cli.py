@@ -111,6 +111,12 @@ def test_no_gateway_ends_with_1_and_says_what_to_do(verb: str) -> None:
     assert done.stdout == "" and "Traceback" not in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("target", ["127.0.0.1:1", "http://127.0.0.1:1"])
+def test_a_load_test_of_nobody_says_so_at_once(target: str) -> None:
+    done = run("bench", "--target", target, "--model", "m", "--generate", "rps=5,requests=2")
+    assert done.returncode == 1 and f"nobody answers at {target}" in done.stderr and done.stdout == ""
+
+
 def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     """The exit code when `version` raises this."""
     from infermesh.cli import version

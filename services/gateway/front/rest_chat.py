@@ -62,6 +62,7 @@ def chat_request(body: ChatBody) -> tuple[lm.ChatRequest, dict[str, str]]:
         request.add_generation_prompt = body.add_generation_prompt
     if arguments := _template_arguments(body):
         request.template_args_json = json_text("chat_template_kwargs", arguments)
+        names["template_args_json"] = "chat_template_kwargs" if body.chat_template_kwargs else "reasoning_effort"
     for index in range(len(request.tools)):
         for field in ("name", "parameters"):
             names[f"tools[{index}].{field}"] = f"tools[{index}].function.{field}"

@@ -15,6 +15,7 @@ from infermesh.errors import MeshError, Reason
 Headers = list[tuple[bytes, bytes]]
 MAX_FAULTS = 8
 DEFAULT_RETRY_S = 1.0
+_PLAINLY = {"model_type": "must be an object", "dict_type": "must be an object", "list_type": "must be a list"}
 _UNFIT = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -72,7 +73,7 @@ def faults(error: ValidationError) -> MeshError:
         elif fault["type"] == "missing":
             found.append((path, "this parameter is required", False))
         else:
-            found.append((path, fault["msg"], False))
+            found.append((path, _PLAINLY.get(fault["type"], fault["msg"]), False))
     text = "; ".join(f"{path}: {message}" for path, message, _ in found[:MAX_FAULTS])
     if len(found) > MAX_FAULTS:
         text += f"; and {len(found) - MAX_FAULTS} more"

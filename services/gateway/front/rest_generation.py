@@ -84,7 +84,7 @@ def constraint(body: Generation, names: dict[str, str]) -> lm.Constraint | None:
         raise invalid(found[1][0], f"excludes {found[0][0]}: an answer can have one shape")
     name, made = found[0]
     names["constraint"] = name
-    for field in ("json_schema", "regex", "grammar", "choice", "structural_tag"):
+    for field in ("json_schema", "json_object", "regex", "grammar", "choice", "structural_tag"):
         names[f"constraint.{field}"] = name
     if name == "response_format":
         names["constraint.json_schema"] = "response_format.json_schema.schema"

@@ -82,7 +82,7 @@ class Desk:
             known = lane in self.ever
             reason = self.absent(lane)
             record = Record(facts.kind, facts.model, reason="settling" if settling else reason.value)
-            said = "has no instance left" if known else "is not served by this mesh"
+            said = "has no instance left" if known else "is not served by this mesh; GET /v1/models lists what is"
             if self.stale and not known:
                 said = "is not known here, and the registry, which may know it, is out of reach"
             other = [kind for kind, name in self.fleet.pools if name == facts.model]

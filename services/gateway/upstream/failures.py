@@ -72,8 +72,19 @@ def refusal(refuse: Refuse, failure: MeshError | None) -> MeshError:
             return MeshError(Reason.CONTEXT_LENGTH_EXCEEDED, failure.message, param=failure.param or "messages")
         if failure.reason not in failover.FREE:
             return failure
-    param = "model" if refuse.reason is Reason.MODEL_NOT_FOUND else None
-    return MeshError(refuse.reason, refuse.message, param=param, retry_after_s=refuse.retry_after_s)
+    return MeshError(refuse.reason, refuse.message, param=_at_fault(refuse), retry_after_s=refuse.retry_after_s)
+
+
+def _at_fault(refuse: Refuse) -> str | None:
+    """The field that nobody serves, as far as it is one."""
+    if refuse.reason is Reason.MODEL_NOT_FOUND:
+        return "model"
+    words = {word for _, word in refuse.record.rejected} if refuse.reason is Reason.UNSUPPORTED else set()
+    features = sorted(word.removeprefix("feature:") for word in words if word.startswith("feature:"))
+    return _FIELDS.get(features[0], f"constraint.{features[0]}") if features else None
+
+
+_FIELDS = {"tools": "tools", "logprobs": "sampling.logprobs", "n": "sampling.n"}  # other features are constraints
 
 
 _ENDS = {
