@@ -95,7 +95,7 @@ class Node(Part):
     zone: Annotated[str, Field(max_length=64)] = ""
     interconnect: Literal["", "nvlink", "pcie"] = ""  # described for the planner; it changes nothing at start
     network: Literal["", "rdma", "ethernet"] = ""  # the same, between hosts
-    address: Annotated[str, Later("hosts are told apart by `render compose`; Ray knows its own", ("compose",))] = ""
+    address: str = ""  # for what is dialled there: other hosts' Compose projects, llama.cpp's servers and workers
     memory_gib: Positive | None = None  # of the host, for the planner
     cpus: Positive | None = None  # cores of the host, for the planner
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from ipaddress import ip_address
@@ -150,8 +151,9 @@ def _commands(model: Model, taken: Sequence[tuple[Host, int]], split: Split, len
     order = [*split.layers[:-1], split.layers[-1] + 1]  # it counts the output head as a layer
     rpc = f" --rpc {','.join(workers)}" if workers else ""
     share = f" --tensor-split {','.join(map(str, order))}" if len(order) > 1 else ""
+    file = shlex.quote(model.source)
     commands[lead.node.name] = (
-        f"CUDA_VISIBLE_DEVICES={own} llama-server -m {model.source} -c {length} -np 1 -ngl 999{rpc}{share} "
+        f"CUDA_VISIBLE_DEVICES={own} llama-server -m {file} -c {length} -np 1 -ngl 999{rpc}{share} "
         f"--host {_bind(lead)} --port {SERVER_PORT}"
     )
     return commands

@@ -18,6 +18,7 @@ from deploy.render import tls
 from deploy.render.container import (
     GRPC,
     HTTP,
+    LOADING,
     MODELS,
     SERVICE,
     START_S,
@@ -201,8 +202,10 @@ def _instance(fleet: Fleet, made: Container, site: Site, own_consul: bool, port:
 
 
 def _weights(fleet: Fleet, instance: Instance) -> Iterator[str]:
-    """Local files of the model, where the host has them."""
+    """Local files of the model, where the host has them and the engine reads them."""
     model = fleet.model(instance.model)
+    if fleet.engine_of(instance) not in LOADING:
+        return
     for path in (model.source, model.chat_template):
         if path.startswith("/"):
             yield f"{path}:{path}:ro"

@@ -26,6 +26,7 @@ FILES = Path("/etc/infermesh")  # what the command line refers to and the fleet 
 STOP_MARGIN_S = 15  # from the end of the drain to the kill
 START_S = 3600  # what loading a large model may take
 LOOPBACK = re.compile(r"https?://(localhost|127\.[\d.]+|\[::1\])([:/]|$)")
+LOADING = ("vllm", "sentence-transformers")  # engines that read a model's files themselves
 RESERVED = ("consul", "gateway", "otel-collector", "prometheus", "grafana")
 
 
@@ -149,7 +150,7 @@ def container_faults(fleet: Fleet, site: Site, *, pvc: bool) -> Iterator[Fault]:
             yield Fault(f"{at}.resources.gpus", f"{gpus} GPUs for tp {instance.tp} × pp {instance.pp}")
     yield from _secret_faults(fleet)
     for index, model in enumerate(fleet.models):
-        users = [item for item in fleet.instances if item.model == model.id and fleet.engine_of(item) != "scripted"]
+        users = [item for item in fleet.instances if item.model == model.id and fleet.engine_of(item) in LOADING]
         for key in ("source", "chat_template"):
             path = getattr(model, key)
             local = key == "chat_template" or path.startswith((".", "~", "/")) or path.endswith(".gguf")

@@ -105,10 +105,11 @@ def _common(fleet: Fleet, instance: Instance) -> str:
 
 
 def _selector(fleet: Fleet, instance: Instance) -> tuple[tuple[str, str], ...]:
+    """Who adopts a server needs none of its cards, and that may be no node of the cluster."""
     node = next((node for node in fleet.nodes if node.name == instance.node), None)
-    told = (
-        {DEVICE_LABEL: label_value(node.device), "topology.kubernetes.io/zone": label_value(node.zone)} if node else {}
-    )
+    if node is None or fleet.engine_of(instance) == "openai-http":
+        return ()
+    told = {DEVICE_LABEL: label_value(node.device), "topology.kubernetes.io/zone": label_value(node.zone)}
     return tuple((key, value) for key, value in told.items() if value)
 
 

@@ -14,6 +14,7 @@ from infermesh.cli.printing import remark
 
 if TYPE_CHECKING:
     from deploy.fleet import Fleet
+    from deploy.planner.placed import Placed
     from deploy.render.container import Rendered, Site
 
 TARGETS = ("compose", "k8s", "ray")
@@ -64,6 +65,7 @@ def _rendered(target: str, path: Path, node: str, autoscaler: str, grace_s: floa
     from deploy.fleet import parse_fleet
     from deploy.render.compose import compose
     from deploy.render.k8s import render_k8s
+    from deploy.render.llama_cpp import llama_units
     from deploy.render.ray import render_ray
     from deploy.render.shipped import shipped_files
     from deploy.render.worker import fleet_of_workers, has_workers
@@ -77,31 +79,38 @@ def _rendered(target: str, path: Path, node: str, autoscaler: str, grace_s: floa
         told, assumed = fleet_of_workers(text, str(path))
     else:
         told = parse_fleet(text, str(path))
-    told, site = _completed(told, target, path, grace_s)
+    told, site, placed = _completed(told, target, path, grace_s)
     if target == "compose":
         found = compose(told, site, shipped_files(), node=node, name=str(path))
     elif target == "ray":
         found = render_ray(told, site, name=str(path))
     else:
         found = render_k8s(told, site, autoscaler=autoscaler, name=str(path))
-    return replace(found, remarks=(*assumed, *found.remarks))
+    units = llama_units(told, placed)
+    remarks = (*assumed, *found.remarks, *units.remarks)
+    return replace(found, files={**found.files, **units.files}, remarks=remarks)
 
 
-def _completed(fleet: Fleet, target: str, path: Path, grace_s: float) -> tuple[Fleet, Site]:
-    """The fleet with all its instances, and the speeds that the planner reckons for them."""
+def _completed(fleet: Fleet, target: str, path: Path, grace_s: float) -> tuple[Fleet, Site, tuple[Placed, ...]]:
+    """The fleet with all its instances, the speeds that the planner reckons for them, and what it has placed."""
     from deploy.fleet import FleetError, unserved
     from deploy.model_files import read_models
     from deploy.planner.catalogue import shipped
     from deploy.planner.estimate import estimates
     from deploy.planner.planner import plan
     from deploy.render.container import Site
+    from deploy.render.llama_cpp import llama_faults
 
     read, catalogue = read_models(fleet, path.parent), shipped()
+    placed: tuple[Placed, ...] = ()
     served = {instance.model for instance in fleet.instances}
     if fleet.nodes and any(model.id not in served for model in fleet.models):
         try:
-            fleet = plan(fleet, read.shapes, catalogue, read.needed(fleet), str(path)).fleet
+            planned = plan(fleet, read.shapes, catalogue, read.needed(fleet), str(path))
         except FleetError as error:
             raise FleetError(str(path), [*unserved(fleet, target), *error.faults]) from None
+        if faults := list(llama_faults(planned.fleet, planned.placed)):
+            raise FleetError(str(path), [*unserved(fleet, target), *faults])
+        fleet, placed = planned.fleet, planned.placed
     reckoned = {id: one.speed_values() for id, one in estimates(fleet, read.shapes, catalogue).items()}
-    return fleet, Site(__version__, "", catalogue, reckoned, grace_s)
+    return fleet, Site(__version__, "", catalogue, reckoned, grace_s), placed

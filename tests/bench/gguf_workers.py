@@ -1,7 +1,8 @@
 """A GGUF model split over two RPC workers of a real llama.cpp answers through the mesh: `make gguf`.
 
-The planner's own command lines are run. llama.cpp is built from llama-cpp-python's source on the package index, unless
-`--llama` names a folder with `llama-server` and the worker (`rpc-server`, or `ggml-rpc-server` as it is called by now).
+The lines of the rendered units are run, which are the planner's. llama.cpp is built from llama-cpp-python's source on
+the package index, unless `--llama` names a folder with `llama-server` and the worker (`rpc-server`, or `ggml-rpc-server`
+as it is called by now).
 A build without GPUs lends its CPU as a worker's one device, and has none of its own: a third worker stands in for the
 card of the server's host. Each host is an address of the loopback network, so that the planned ports hold.
 """
@@ -17,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Awaitable
+from configparser import ConfigParser
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from deploy.model_files import read_models
 from deploy.planner.catalogue import shipped
 from deploy.planner.placed import Placed
 from deploy.planner.planner import plan
+from deploy.render.llama_cpp import llama_units
 from infermesh.v1 import language_model_pb2 as lm
 from tests.bench.llama_build import built
 from tests.kit.children import leave_nothing_when_told_to_stop
@@ -50,13 +53,18 @@ traffic: {{requests_per_s: 0.01, prompt_tokens: 100, output_tokens: 50}}
 """
 
 
-def planned(model: Path) -> Placed:
-    """The one instance that the planner makes of it, with a command line a host."""
+def planned(model: Path) -> tuple[Placed, dict[str, str]]:
+    """The one instance that the planner makes of it, and what a host's rendered unit starts."""
     fleet = parse_fleet(FLEET.format(model=model, context=CONTEXT))
     read = read_models(fleet, model.parent)
     found = plan(fleet, read.shapes, shipped(), read.unread, "tiny")
     (placed,) = found.placed
-    return placed
+    lines = {}
+    for path, text in llama_units(found.fleet, found.placed).files.items():
+        told = ConfigParser(interpolation=None)
+        told.read_string(text)
+        lines[path.split("/")[1]] = f"{told['Service']['Environment']} {told['Service']['ExecStart']}"
+    return placed, lines
 
 
 class Processes:
@@ -199,9 +207,9 @@ class Proof:
 
 async def prove(folder: Path, llama: Path) -> list[str]:
     model = tiny_llama(folder / "tiny.gguf")
-    placed = planned(model)
+    placed, lines = planned(model)
     print("planned:", *placed.reasons, sep="\n  ")
-    for host, command in placed.commands.items():
+    for host, command in lines.items():
         print(f"  {host}: {command}")
     url = (placed.instance.url or "").removesuffix("/v1")
     with ExitStack() as stack:
@@ -217,11 +225,11 @@ async def prove(folder: Path, llama: Path) -> list[str]:
             async with session.post("http://127.0.0.15:8080/v1/chat/completions", json=asked) as answer:
                 alone = (await answer.json())["choices"][0]["message"]["content"]
         _end(single)
-        workers = {host: processes.start(host, line) for host, line in placed.commands.items() if host != "head"}
+        workers = {host: processes.start(host, line) for host, line in lines.items() if host != "head"}
         processes.start("card of head", f"rpc-server -H {OWN_CARD.partition(':')[0]} -p {OWN_CARD.partition(':')[2]}")
         await asyncio.sleep(1)
         others = ",".join(f"{address}:50052" for address in ("127.0.0.12", "127.0.0.13"))
-        line = placed.commands["head"].replace(f"--rpc {others} ", f"--rpc {others},{OWN_CARD} ")
+        line = lines["head"].replace(f"--rpc {others} ", f"--rpc {others},{OWN_CARD} ")
         assert OWN_CARD in line
         server = processes.start("head", line, "--slots", "-lv", "5")
         await up(url)

@@ -235,7 +235,7 @@ def test_what_waits_for_a_feature_is_refused_by_name() -> None:
     path = ROOT / "deploy" / "examples" / "data-centre.yaml"
     paths = [fault.path for fault in unserved(parse_fleet(path.read_text()))]
     assert paths == [
-        *("models[0].lora", "nodes[0].address"),
+        "models[0].lora",
         *(f"instances[0].{key}" for key in ("min", "max")),
         *("instances[0].ray_cluster", "gateway.workers", "rayClusters"),
     ]
