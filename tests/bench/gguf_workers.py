@@ -1,10 +1,10 @@
 """A GGUF model split over two RPC workers of a real llama.cpp answers through the mesh: `make gguf`.
 
 The lines of the rendered units are run, which are the planner's. llama.cpp is built from llama-cpp-python's source on
-the package index, unless `--llama` names a folder with `llama-server` and the worker (`rpc-server`, or `ggml-rpc-server`
-as it is called by now).
-A build without GPUs lends its CPU as a worker's one device, and has none of its own: a third worker stands in for the
-card of the server's host. Each host is an address of the loopback network, so that the planned ports hold.
+the package index, unless `--llama` names a folder with `llama-server` and the worker (`rpc-server`, by now called
+`ggml-rpc-server`). A build without GPUs lends its CPU as a worker's one device, and has none of its own: a third worker
+stands in for the card of the server's host. Each host is an address of the loopback network, so that the planned ports
+hold.
 """
 
 from __future__ import annotations
