@@ -105,7 +105,7 @@ def command(
         keys=bool(keys or ours.keys),
         ray=ray,
         registry_listen=registry_listen or "127.0.0.1:0",
-        tls=door,
+        tls=(door.cert, door.key) if door else None,
     )
     if ray and not fleet:
         raise Failure("--ray needs --fleet: which instances shall run there", BAD_USAGE)
@@ -146,8 +146,8 @@ def command(
     async def wanted(address: str) -> dict[str, int]:
         secret = api_key(Path(shared.operator_key_file)) if shared.operator_key_file else ""
         # Its own certificate as the authority: it is this very gateway that is asked, whoever signed it.
-        own, ca = (f"grpcs://{address}", door[0]) if door else (address, "")
-        async with AsyncClient(own, api_key=secret, ca_file=ca) as mesh:
+        own, ca, name = (f"grpcs://{address}", door.cert, door.name) if door else (address, "", "")
+        async with AsyncClient(own, api_key=secret, ca_file=ca, tls_name=name) as mesh:
             return {group.name: group.desired for group in await mesh.groups() if group.desired}
 
     return asyncio.run(run_mesh(plan, host, shared, where, notes, hosted, wanted))
@@ -163,19 +163,19 @@ def _from_file(path: Path) -> Fleet:
     return parse_fleet(text, str(path))
 
 
-def certificates(
-    plan: Fleet, cert_file: Path | None, key_file: Path | None
-) -> tuple[tuple[str, str] | None, TlsFiles | None]:
-    """The gateway's certificate and key, by option or by the file, and those of the instances. A fault in them is told
-    before anything is started."""
-    from deploy.launch.commands import tls_files
+def certificates(plan: Fleet, cert_file: Path | None, key_file: Path | None) -> tuple[TlsFiles | None, TlsFiles | None]:
+    """The gateway's certificate, by option (for its address then) or by the file, and that of the instances. A fault in
+    them is told before anything is started."""
+    from deploy.launch.commands import TlsFiles, tls_files
     from infermesh.transport import trust
     from services.chassis.certificates import TlsSettings
 
     inside = tls_files(plan.tls.instances) if plan.tls.instances else None
-    if plan.tls.gateway and not (cert_file or key_file):
-        told = tls_files(plan.tls.gateway)
-        cert_file, key_file = Path(told.cert), Path(told.key)
+    door = tls_files(plan.tls.gateway) if plan.tls.gateway else None
+    if cert_file or key_file:
+        door = TlsFiles(str(cert_file), str(key_file), "", "")
+    elif door:
+        cert_file, key_file = Path(door.cert), Path(door.key)
     try:
         TlsSettings(tls_cert_file=cert_file, tls_key_file=key_file).certificate()
         if inside:
@@ -183,7 +183,7 @@ def certificates(
             trust(inside.ca)
     except (ValueError, OSError) as error:
         raise Failure(str(error), BAD_USAGE) from None
-    return (str(cert_file), str(key_file)) if cert_file else None, inside
+    return door, inside
 
 
 def _for_containers(plan: Fleet) -> tuple[str, ...]:

@@ -26,7 +26,8 @@ IN_FLIGHT = 8  # batches of an embed_stream that wait for their vectors
 
 class AsyncClient(AsyncCalls):
     """Speaks to the gateways at `addresses` ("host:port,host:port"): to one, until it dies, then to the next.
-    "grpcs://host:port" is for TLS; `ca_file` names the authority where it is none of those that grpc knows.
+    "grpcs://host:port" is for TLS; `ca_file` names the authority where it is none of those that grpc knows, `tls_name`
+    whom the certificate is for where that is not the host.
 
     `timeout` is seconds for a whole call and can be given a call; None waits for ever. Every method raises `MeshError`.
     """

@@ -25,9 +25,10 @@ class AsyncCalls:
         timeout: float | None = 600,
         wan: bool = False,
         ca_file: str = "",
+        tls_name: str = "",
     ) -> None:
         self.addresses, secure = where.split(addresses)
-        self._tls = trust(ca_file) if secure else None
+        self._tls = trust(ca_file, tls_name) if secure else None
         self.timeout = timeout
         self._metadata = where.metadata(api_key)
         self._rotation = where.Rotation(len(self.addresses))

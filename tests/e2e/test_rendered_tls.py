@@ -41,10 +41,10 @@ class Project:
         self.services: dict[str, Any] = yaml.safe_load(made.files["compose.yaml"])["services"]
         self.ports = dict(zip(("grpc", "http", "demo-1", "demo-2"), free_ports(4), strict=True))
         authority = trustme.CA()
-        for name, hosts in (("gateway", (DOOR, "127.0.0.1")), ("instances", (INSIDE,))):
+        for name, host in (("gateway", DOOR), ("instances", INSIDE)):
             at = folder / "tls" / name
             at.mkdir(parents=True)
-            one = authority.issue_cert(*hosts)
+            one = authority.issue_cert(host)
             one.cert_chain_pems[0].write_to_path(at / "tls.crt")
             one.private_key_pem.write_to_path(at / "tls.key")
             authority.cert_pem.write_to_path(at / "ca.crt")
@@ -110,7 +110,8 @@ async def test_the_rendered_lines_serve_over_tls(tmp_path: Path) -> None:
         for service in SERVICES:
             verb, *words = project.words(service, project.services[service]["command"], registry)
             children.start(verb, *words, name=service)
-        async with AsyncClient(f"grpcs://127.0.0.1:{project.ports['grpc']}", api_key=KEY, ca_file=ca) as client:
+        door = f"grpcs://127.0.0.1:{project.ports['grpc']}"
+        async with AsyncClient(door, api_key=KEY, ca_file=ca, tls_name=DOOR) as client:
 
             async def both() -> bool:
                 with contextlib.suppress(MeshError):  # it still starts

@@ -97,7 +97,7 @@ async def test_a_stream_that_breaks_says_how_far_it_got() -> None:
 async def test_the_deadline_is_passed_on_and_ends_it() -> None:
     async with fake_instance("a", silent) as a, upstream(a) as up:
         with pytest.raises(MeshError) as caught:
-            await up.chat(deadline_s=0.2)
+            await up.chat(deadline_s=0.5)  # on a busy machine it takes a while until the instance has the request
         assert caught.value.reason is Reason.DEADLINE_EXCEEDED
         await until(lambda: a.cancelled == 1, 20)
         assert up.nothing_left() and up.state("a") == "healthy"

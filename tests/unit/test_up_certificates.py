@@ -26,14 +26,16 @@ def folder_of(path: Path) -> dict[str, Any]:
 def test_the_file_says_and_options_win(tmp_path: Path) -> None:
     door, inside, other = (folder_of(tmp_path / name) for name in ("door", "inside", "other"))
     fleet = fleet_of(tls={"gateway": door, "instances": inside})
-    pair, files = certificates(fleet, None, None)
-    assert pair == (f"{door['folder']}/tls.crt", f"{door['folder']}/tls.key")
+    own, files = certificates(fleet, None, None)
+    assert own and (own.cert, own.key, own.name) == (
+        f"{door['folder']}/tls.crt",
+        f"{door['folder']}/tls.key",
+        "mesh.internal",
+    )
     assert files and (files.ca, files.name) == (f"{inside['folder']}/ca.crt", "mesh.internal")
     option = Path(other["folder"])
-    assert certificates(fleet, option / "tls.crt", option / "tls.key")[0] == (
-        f"{option}/tls.crt",
-        f"{option}/tls.key",
-    )
+    won, _ = certificates(fleet, option / "tls.crt", option / "tls.key")
+    assert won and (won.cert, won.key, won.name) == (f"{option}/tls.crt", f"{option}/tls.key", ""), "for its address"
     assert certificates(fleet_of(), None, None) == (None, None)
 
 
