@@ -131,6 +131,9 @@ class MeshError(Exception):
         self.retry_after_s = retry_after_s
         self.instance_id = self.model_id = ""
 
+    def __str__(self) -> str:
+        return named(self.message, self.param)
+
     def __repr__(self) -> str:
         at = f" at {self.param}" if self.param else ""
         return f"MeshError({self.reason.value}{at}: {self.message})"
@@ -138,6 +141,13 @@ class MeshError(Exception):
     @property
     def row(self) -> Row:
         return TABLE[self.reason]
+
+
+def named(message: str, param: str | None) -> str:
+    """The message with the field at fault, unless it speaks of it anyway: many show people nothing but that."""
+    if not param or re.search(rf"(?<!\w){re.escape(param)}(?!\w)", message):
+        return message
+    return f"{param}: {message}"
 
 
 def invalid(param: str, message: str) -> MeshError:

@@ -58,8 +58,7 @@ def _explain(error: Any) -> tuple[str, int]:
     if name in ("Abort", "Exit"):  # typer's own: an interrupted prompt or run
         return "infermesh: stopped", getattr(error, "exit_code", FAILED)
     if name == "MeshError":
-        at = f" ({error.param})" if error.param else ""
-        return f"infermesh: {error}{at} [{error.reason.value}]", FAILED
+        return f"infermesh: {error} [{error.reason.value}]", FAILED
     if name == "ValidationError" and hasattr(error, "errors"):
         lines = [f"{'.'.join(map(str, e['loc'])) or 'settings'}: {_plain(e['msg'])}" for e in error.errors()]
         return "infermesh: " + "\n".join(lines), BAD_USAGE
@@ -67,6 +66,8 @@ def _explain(error: Any) -> tuple[str, int]:
         return f"infermesh: {error}", BAD_USAGE
     if isinstance(error, ModuleNotFoundError):
         return f"infermesh: {error}; this environment lacks it: run `make setup`, or start it in the right one", FAILED
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"infermesh: {error.filename}: {error.strerror}", FAILED
     return f"infermesh: {name}: {error} (INFERMESH_DEBUG=1 shows the traceback)", FAILED
 
 

@@ -134,6 +134,7 @@ async def check(server: Any, where: str, body: Any, status: int, code: str, para
     told = (answer.status, answer.error["code"], answer.error["param"])
     assert told == (status, code, param), answer.body[:300]
     assert answer.error["message"] and answer.error["type"] == "invalid_request_error"
+    assert (param or "") in answer.error["message"]  # OpenAI's SDK shows its user nothing else
     assert len(answer.body) < 4000
     assert answer.headers["x-should-retry"] == "false" and answer.headers["x-request-id"]
     assert (await ask(server, "/v1/chat/completions", CHAT)).status == 200
@@ -184,7 +185,7 @@ async def test_every_fault_of_a_body_is_named():
             told = (await ask(server, "/v1/chat/completions", body)).error["message"]
             assert "must be a" in told and "Shape" not in told  # no names of ours
         told = (await ask(server, "/v1/chat/completions", CHAT | {"max_tokens": 10**12})).error["message"]
-        assert told == f"{10**12} is out of range: 1 .. {2**31}"
+        assert told == f"max_tokens: {10**12} is out of range: 1 .. {2**31}"
 
 
 async def test_a_large_body_within_the_limit_passes():

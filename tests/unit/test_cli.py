@@ -133,7 +133,8 @@ def failing(error: BaseException, monkeypatch: pytest.MonkeyPatch) -> int:
     [
         (Failure("cannot", 1), 1, "infermesh: cannot"),
         (Failure("wrong", 2), 2, "infermesh: wrong"),
-        (MeshError(Reason.QUEUE_FULL, "full", param="model"), 1, "infermesh: full (model) [queue_full]"),
+        (MeshError(Reason.QUEUE_FULL, "full", param="model"), 1, "infermesh: model: full [queue_full]"),
+        (OSError(30, "Read-only file system", ".infermesh"), 1, "infermesh: .infermesh: Read-only file system\n"),
         (ValueError("bad file"), 2, "infermesh: bad file"),
         (KeyboardInterrupt(), 1, "stopped"),
         (RuntimeError("boom"), 1, "RuntimeError: boom (INFERMESH_DEBUG=1 shows the traceback)"),

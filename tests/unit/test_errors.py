@@ -74,3 +74,18 @@ async def test_a_message_of_any_length_and_script_arrives():
 
 def test_plain_text_is_not_cut_short():
     assert details("a" * 4096) == "a" * 4096 and len(details("a%" * 4096)) == 2048
+
+
+@pytest.mark.parametrize(
+    ("message", "param", "told"),
+    [
+        ("0 is out of range: 1 .. 128", "n", "n: 0 is out of range: 1 .. 128"),
+        ("model 'x' is not served", "model", "model 'x' is not served"),
+        ("must not be empty", "stop[0]", "stop[0]: must not be empty"),
+        ("stop[0] is empty", "stop[0]", "stop[0] is empty"),
+        ("gone", None, "gone"),
+    ],
+)
+def test_as_text_an_error_names_its_field_once(message: str, param: str | None, told: str) -> None:
+    error = MeshError(Reason.INVALID_ARGUMENT, message, param=param)
+    assert str(error) == told and error.message == message

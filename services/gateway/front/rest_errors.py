@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 from pydantic import ValidationError
 
-from infermesh.errors import MeshError, Reason
+from infermesh.errors import MeshError, Reason, named
 
 Headers = list[tuple[bytes, bytes]]
 MAX_FAULTS = 8
@@ -22,7 +22,7 @@ _UNFIT = re.compile(r"[\x00-\x1f\x7f]")
 def error_json(error: MeshError, param: str | None) -> bytes:
     """OpenAI's error object."""
     row = error.row
-    body = {"message": error.message, "type": row.kind, "param": param, "code": error.reason.value}
+    body = {"message": named(error.message, param), "type": row.kind, "param": param, "code": error.reason.value}
     return orjson.dumps({"error": body})
 
 
