@@ -18,7 +18,7 @@ from services.chassis.arrivals import Arrivals
 from services.chassis.checks import check_embed
 from services.chassis.encoding.engine import EncodingEngine
 from services.chassis.encoding.rows import Ids, Row
-from services.chassis.encoding.tokens import Cut, TextTokenizer, TooLong
+from services.chassis.encoding.tokens import Cut, TextTokenizer, TooLong, cut_of
 from services.chassis.identity import Identity, announce
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
@@ -27,12 +27,6 @@ from services.embedding.vectors import check_dimensions, chunk_rows, finish
 SERVICE = "infermesh.v1.EmbeddingService"
 IN_FLIGHT = 8  # batches of one stream
 INLINE_ROWS, INLINE_BYTES = 256, 8192  # more than that is prepared beside the loop
-CUTS = {
-    em.TRUNCATION_UNSPECIFIED: Cut.END,
-    em.TRUNCATION_NONE: Cut.NONE,
-    em.TRUNCATION_END: Cut.END,
-    em.TRUNCATION_START: Cut.START,
-}
 
 
 class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
@@ -142,9 +136,7 @@ class EmbeddingService(embedding_pb2_grpc.EmbeddingServiceServicer):
     async def _rows(self, request: em.EmbedRequest) -> list[Row]:
         """The inputs as the model's rows."""
         facts = self._engine.facts
-        if request.truncation not in CUTS:
-            raise invalid("truncation", "must be none, end or start")
-        cut = CUTS[em.Truncation.ValueType(request.truncation)]
+        cut = cut_of(request.truncation)
         if request.max_tokens > facts.max_tokens:
             raise invalid("max_tokens", f"{request.max_tokens} is more than the model's {facts.max_tokens}")
         limit = request.max_tokens or facts.max_tokens

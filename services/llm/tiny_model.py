@@ -21,7 +21,7 @@ HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_DIM, INNER = 128, 2, 4, 2, 32, 256
 INITIALIZER_RANGE = 0.25
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # skipped in text
 MARKERS = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # one token each, but part of the text
-COMPLETE = "complete.json"  # written last
+COMPLETE = "complete.json"  # written last: whoever finds it has a whole model
 
 TEMPLATE = """\
 {%- set system = namespace(text='') -%}
@@ -113,11 +113,6 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     _write_weights(folder, seed)
     _write_json(folder / COMPLETE, {"seed": seed})
     return folder
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether an earlier `write_tiny_model` came to its end."""
-    return (folder / COMPLETE).is_file()
 
 
 def _config(ids: dict[str, int]) -> dict[str, object]:

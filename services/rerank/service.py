@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 
-from infermesh.errors import MeshError, Reason, invalid
-from infermesh.v1 import embedding_pb2 as em
+from infermesh.errors import MeshError, Reason
 from infermesh.v1 import rerank_pb2 as rr
 from infermesh.v1 import rerank_pb2_grpc
 from infermesh.v1.inference_pb2 import Usage
@@ -14,19 +13,13 @@ from services.chassis.admittance import admit
 from services.chassis.arrivals import Arrivals
 from services.chassis.checks import check_rerank
 from services.chassis.encoding.engine import EncodingEngine
-from services.chassis.encoding.tokens import Cut
+from services.chassis.encoding.tokens import cut_of
 from services.chassis.identity import Identity, announce
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, unary
 from services.rerank.scorer import Question, Scorer, ranked
 
 SERVICE = "infermesh.v1.RerankService"
-CUTS = {
-    em.TRUNCATION_UNSPECIFIED: Cut.END,
-    em.TRUNCATION_NONE: Cut.NONE,
-    em.TRUNCATION_END: Cut.END,
-    em.TRUNCATION_START: Cut.START,
-}
 
 
 class RerankService(rerank_pb2_grpc.RerankServiceServicer):
@@ -49,9 +42,7 @@ class RerankService(rerank_pb2_grpc.RerankServiceServicer):
     async def Rerank(self, request: rr.RerankRequest, context: Context) -> rr.RerankResponse:
         relay = admit(request, context, self._keys, self._names)
         check_rerank(request)
-        if request.truncation not in CUTS:
-            raise invalid("truncation", "must be none, end or start")
-        cut = CUTS[em.Truncation.ValueType(request.truncation)]
+        cut = cut_of(request.truncation)
         rows = await self._scorer.rows(Question(request.query, request.documents, cut, request.max_tokens_per_document))
         tokens = sum(map(len, rows))
         priority = request.hints.priority

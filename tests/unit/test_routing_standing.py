@@ -11,6 +11,7 @@ from services.gateway.routing import panic
 from services.gateway.routing.ejections import FORGIVE_S, Ejections, ramp
 from services.gateway.routing.facts import End, Member
 from services.gateway.routing.health import TABLE, Cause, Link, Signal, Standing, State, Voices
+from services.gateway.routing.router import Router
 from services.gateway.routing.tally import Tally
 from tests.kit.routing import endpoint, pick, router
 from tests.kit.virtual import Virtual, virtual
@@ -206,3 +207,12 @@ def test_one_that_froze_and_is_the_same_life_comes_back_at_once() -> None:
         r.linked("a", 1, now + 4)
         assert r.fleet.instances["a"].state is State.HEALTHY
     assert not r._desk.ejections.strikes
+
+
+def test_who_is_still_being_reached_has_been_since_it_came() -> None:
+    r = Router(0.0)
+    r.update([Member(endpoint("a"))], 500.0)
+    a = r.fleet.instances["a"]
+    assert (a.state, a.since) == (State.STARTING, 500.0)
+    r.linked("a", 1, 502.0)
+    assert (a.state, a.since) == (State.HEALTHY, 502.0)

@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Tokenizer
 
+from infermesh.errors import invalid
+from infermesh.v1 import embedding_pb2 as em
 from services.chassis.encoding.rows import Ids, Row
 
 CHUNK = 64  # texts tokenised in one go, so that a cancelled request does not hold its thread for long
@@ -26,6 +28,25 @@ class Cut(Enum):
     NONE = "none"
     END = "end"
     START = "start"
+
+
+_CUTS: dict[int, Cut] = {
+    em.TRUNCATION_UNSPECIFIED: Cut.END,
+    em.TRUNCATION_NONE: Cut.NONE,
+    em.TRUNCATION_END: Cut.END,
+    em.TRUNCATION_START: Cut.START,
+}
+
+
+def cut_of(truncation: int) -> Cut:
+    """What a request's `truncation` means.
+
+    Raises:
+        MeshError: INVALID_ARGUMENT, for a number of no meaning.
+    """
+    if truncation not in _CUTS:
+        raise invalid("truncation", "must be none, end or start")
+    return _CUTS[truncation]
 
 
 class TooLong(Exception):

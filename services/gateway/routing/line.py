@@ -24,7 +24,6 @@ OVERDUE = 0.5  # of the longest wait: from then on a request has a share in ever
 TURN = 4
 LATE = 1e9  # more than any work: who cannot be on time goes after those who can
 _CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
-Rank = tuple[int, int]
 Key = tuple[int, int, float, int]
 Between = tuple[int, bool, float, int]
 

@@ -125,7 +125,7 @@ def _member(desk: Desk, member: Member, now: float) -> list[Effect]:
         effects = retire(desk, known, "another life of it registered", now)
     if not member.passing:  # it never spoke to us, and the registry says it is not well
         return effects
-    fresh = Instance(endpoint, rates(endpoint, weight))
+    fresh = Instance(endpoint, rates(endpoint, weight), since=now)
     back = fleet.leaving.pop((endpoint.id, endpoint.incarnation), None)
     if back is not None:  # the same life returned while work of ours still runs there
         fresh.ledger = back.ledger
