@@ -24,7 +24,7 @@ async def run(row: Row, ground: Ground) -> Result:
     """One row, whatever happens."""
     begun = time.monotonic()
     try:
-        async with asyncio.timeout(row.limit_s):
+        async with asyncio.timeout(row.limit_s + 2 * ground.seconds_wanted):
             measured = await row.run(ground)
     except Skipped as reason:
         return Result(row, "skipped", str(reason), time.monotonic() - begun)
