@@ -193,7 +193,7 @@ async def test_consul_restarted_empty(mesh: ConsulMesh, client: AsyncClient) -> 
         empty = time.monotonic()
         while mesh.in_consul() != FLEET:
             assert time.monotonic() - empty < 20, mesh.in_consul()
-            assert await _whole(client), "the gateway keeps whom it can talk to"
+            assert await _whole(client), f"the gateway keeps whom it can talk to: {await _states(client)}"
             await asyncio.sleep(0.05)
         back = time.monotonic() - empty
         await asyncio.sleep(2)
