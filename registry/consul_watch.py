@@ -33,6 +33,7 @@ class KindView:
         self._registry_host = registry_host
         self._guard = VanishGuard(grace_s=grace_s)
         self._critical: frozenset[str] = frozenset()
+        self._broken = False
         self._back = False
 
     @property
@@ -44,7 +45,7 @@ class KindView:
         """Takes an answer in; true if Consul had been away."""
         following = next_index(self.index, answer.index)
         # Without a leader, or after a restart, what is missing may only not be back yet.
-        reborn = self._back or not answer.leader or (self.index > 0 and following == 0)
+        reborn = self._broken or not answer.leader or (self.index > 0 and following == 0)
         self.index = following
         if not answer.leader:
             self._guard.pause()
@@ -56,13 +57,19 @@ class KindView:
         self.entries = tuple(shown[id] for id in sorted(shown))
         self.rejected = listing.rejected
         was_away = self._back and answer.leader
-        self.known, self.stale, self._back = True, not answer.leader, False
+        self.known, self.stale, self._broken, self._back = True, not answer.leader, False, False
         return was_away
 
+    def broken(self) -> None:
+        """A query failed: whoever answers next may be another server, or the same one after a restart."""
+        self._broken = True
+        self.index = 0
+
     def lost(self) -> bool:
-        """Consul did not answer; true if that is news."""
+        """Consul does not answer any more; true if that is news."""
         news = not self._back
         self.known, self.stale, self._back = True, True, True
+        self.broken()
         self._guard.pause()
         return news
 
@@ -143,10 +150,10 @@ class Watcher:
 
         def failed(state: RetryCallState) -> None:
             error = state.outcome.exception() if state.outcome else None
+            view.broken()
             # One failure is no news: a blocking query ends in an error whenever Consul changes its leader.
             if state.attempt_number > 1 and view.lost():
                 log.warning("Consul is out of reach (%s); the last known set of %s stays", error, view.kind)
-            view.index = 0  # whoever answers next may be another server, or the same one after a restart
             changed.set()
 
         while not self._closed:
@@ -158,7 +165,6 @@ class Watcher:
             except Exception:
                 log.exception("reading Consul's %s failed; it goes on", view.kind)
                 view.lost()
-                view.index = 0
                 await asyncio.sleep(1.0)
             changed.set()
 

@@ -253,6 +253,16 @@ def test_consuls_listing_index_backwards_keeps_the_set() -> None:
     assert len(view.entries) == 2 and not view.young and view.index == 12
 
 
+def test_one_broken_query_is_enough_to_doubt_what_a_consul_that_is_filling_does_not_list() -> None:
+    view = KindView("llm", "127.0.0.1", 10)
+    view.heard(Answer([node("a"), node("b")], "59", True, False), 0.0)
+    view.broken()
+    assert not view.heard(Answer([node("a")], "12", True, False), 1.0) and not view.stale
+    assert len(view.entries) == 2 and view.young
+    view.heard(Answer([node("a")], "13", True, False), 11.5)
+    assert len(view.entries) == 1 and not view.young
+
+
 def test_consuls_listing_without_a_leader_is_stale_and_drops_nothing() -> None:
     view = KindView("llm", "127.0.0.1", 10)
     view.heard(Answer([node("a"), node("b")], "5", True, False), 0.0)
