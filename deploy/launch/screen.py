@@ -26,6 +26,7 @@ class Screen:
         self._stream = stream or sys.stderr
         self._live: Live | None = None
         self._started = time.monotonic()
+        self._begun: dict[str, float] = {}  # when a child's present life began
         self._said: dict[str, tuple[str, float]] = {}
 
     def begin(self) -> None:
@@ -53,12 +54,19 @@ class Screen:
         child, id = running.child, running.program.id
         if child.state is State.READY:
             again = f", restarted {child.restarts}×" if child.restarts else ""
-            self.say(f"[{id}] ready at {running.address} ({self._elapsed()}{again})")
+            self.say(f"[{id}] ready at {running.address} ({self._elapsed(id)}{again})")
         elif child.state in (State.BACKOFF, State.FAILED):
             self.last_words(running)
         elif child.state is State.STOPPED and child.exit_code == 0 and child.ever_ready:
             self.say(f"[{id}] has left")
-        elif child.state is State.STARTING and self._live is None:
+        elif child.state is State.STARTING:
+            self._begins(running)
+
+    def _begins(self, running: Running) -> None:
+        child, id = running.child, running.program.id
+        self._begun[id] = time.monotonic()
+        self._said[id] = (_last_word(running), 0.0)  # of the life before: no news of this one
+        if self._live is None:
             self.say(f"[{id}] {'starting again' if child.restarts else 'starting'} (pid {running.pid})")
 
     def last_words(self, running: Running) -> None:
@@ -81,12 +89,11 @@ class Screen:
         for running in children:
             if running.child.state is not State.STARTING:
                 continue
-            words = tail(running.program.log, 1)
-            text = words[0][:600] if words else ""
+            text = _last_word(running)
             said, when = self._said.get(running.program.id, ("", 0.0))
             if text and text != said and time.monotonic() - when >= REPEAT_S:
                 self._said[running.program.id] = (text, time.monotonic())
-                self.say(f"[{running.program.id}] {self._elapsed()}: {text}")
+                self.say(f"[{running.program.id}] {self._elapsed(running.program.id)}: {text}")
 
     def _table(self, children: Iterable[Running]) -> Table:
         from rich.table import Table
@@ -100,5 +107,10 @@ class Screen:
             table.add_row(running.program.id, running.child.state.value, Text(words[0] if words else ""))
         return table
 
-    def _elapsed(self) -> str:
-        return f"{time.monotonic() - self._started:.0f} s"
+    def _elapsed(self, id: str = "") -> str:
+        return f"{time.monotonic() - self._begun.get(id, self._started):.0f} s"
+
+
+def _last_word(running: Running) -> str:
+    words = tail(running.program.log, 1)
+    return words[0][:600] if words else ""

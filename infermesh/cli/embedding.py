@@ -6,6 +6,8 @@ from typing import Any
 
 from infermesh.cli import encoding_options as options
 
+SETTINGS: dict[str, dict[str, str]] = {"services.embedding.settings:EmbeddingSettings": {}}
+
 
 @options.takes()
 def command(**chosen: Any) -> int:

@@ -19,6 +19,12 @@ OPTIONS = {
     "weights.": "instance_weight.",
 }
 QUEUE = {"queue_requests": "max_requests", "queue_tokens": "max_tokens", "queue_wait_s": "max_wait_s"}
+SETTINGS: dict[str, dict[str, str]] = {
+    "services.gateway.config:GatewaySettings": {},
+    "services.gateway.config:Limits": {},
+    "services.gateway.config:QueueBounds": {theirs: ours for ours, theirs in QUEUE.items()},
+    "services.gateway.config:Routing": {"ttft_s": "objective_ttft_s"},
+}
 
 
 def command(

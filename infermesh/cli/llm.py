@@ -17,6 +17,10 @@ VLLM = (
 )
 OPENAI_HTTP = ("upstream_model", "api_key_file", "probe_timeout_s", "idle_timeout_s")
 SCRIPTED = ("chat_tokens", "prefill_chunk", "fail_after_tokens", "fail_start")
+SETTINGS: dict[str, dict[str, str]] = {
+    f"services.llm.settings:{name}": {}
+    for name in ("LlmSettings", "VllmOptions", "OpenAiHttpOptions", "ScriptedOptions")
+}
 
 
 def command(

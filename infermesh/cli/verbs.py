@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
@@ -88,7 +89,7 @@ def load(verb: str) -> Any:
     module = import_module(f"infermesh.cli.{verb.replace('-', '_')}")
     if hasattr(module, "build"):
         return module.build()
-    return command_of(module.command, verb)
+    return with_defaults(command_of(module.command, verb), getattr(module, "SETTINGS", {}))
 
 
 def command_of(function: Any, verb: str) -> Any:
@@ -101,6 +102,21 @@ def command_of(function: Any, verb: str) -> Any:
         if isinstance(option, typer.core.TyperOption) and not option.envvar and "help" not in option.opts[0]:
             option.envvar = variable(option.opts + option.secondary_opts)
             option.show_envvar = True
+    return command
+
+
+def with_defaults(command: Any, settings: Mapping[str, Mapping[str, str]]) -> Any:
+    """Shows what an option is unless given, where a settings class says it and the help does not. `settings`:
+    module:class -> its fields whose options are called otherwise."""
+    found = {}
+    for path, renamed in settings.items():
+        module, _, name = path.partition(":")
+        for field, info in getattr(import_module(module), name).model_fields.items():
+            if info.default and isinstance(info.default, int | float | str) and info.default is not True:
+                found[renamed.get(field, field)] = str(info.default)
+    for option in command.params:
+        if option.name in found and option.default is None and "unless told" not in (option.help or ""):
+            option.show_default = found[option.name]
     return command
 
 

@@ -41,6 +41,24 @@ def test_help_shows_examples_and_a_variable_for_every_option(verb: str, capsys: 
             assert option.envvar and str(option.envvar).startswith("INFERMESH_"), option.opts
 
 
+@pytest.mark.parametrize(
+    ("verb", "option", "default"),
+    [
+        ("gateway", "--queue-wait-s", "30.0"),
+        ("gateway", "--max-streams", "128"),
+        ("gateway", "--objective-ttft-s", "2.0"),
+        ("gateway", "--grace-s", "30.0"),
+        ("embedding", "--batch-rows", "256"),
+        ("llm", "--grace-s", "30.0"),
+        ("llm", "--vram-ratio", "0.9"),
+        ("llm", "--idle-timeout-s", "300"),
+    ],
+)
+def test_help_shows_the_defaults_of_the_settings(verb: str, option: str, default: str) -> None:
+    found = next(one for one in load(verb).params if option in one.opts)
+    assert found.show_default == default
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_variables_of_a_verb_are_all_different(verb: str) -> None:
     names = [option.envvar for option in load(verb).params if getattr(option, "envvar", None)]
