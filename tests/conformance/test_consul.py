@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import secrets
-import socket
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -22,7 +21,7 @@ from registry.address import open_registry
 from registry.consul import ConsulRegistry, ConsulSettings, Tls
 from registry.endpoint import Endpoint
 from registry.port import Registry, RegistryError
-from tests.kit.consul import ConsulServer, consul_binary
+from tests.kit.consul import ConsulServer, consul_binary, free_ports
 from tests.kit.debian import NoProgram
 from tests.kit.fake_consul import FakeConsul, Handler
 from tests.kit.mesh import until
@@ -330,19 +329,15 @@ async def _until_acl_is_up(consul: ConsulServer, master: str) -> None:
 async def test_tls_with_client_certificates(tmp_path: Path) -> None:
     _make_certificates(tmp_path)
     folder = {key: str(tmp_path / name) for key, name in _TLS_FILES.items()}
-    with (
-        socket_port() as port,
-        real(
-            config={
-                "verify_incoming_https": True,
-                "ca_file": folder["ca"],
-                "cert_file": folder["cert"],
-                "key_file": folder["key"],
-                "addresses": {"https": "127.0.0.1"},
-            },
-            https=port,
-        ),
-    ):
+    (port,) = free_ports(1)
+    config = {
+        "verify_incoming_https": True,
+        "ca_file": folder["ca"],
+        "cert_file": folder["cert"],
+        "key_file": folder["key"],
+        "addresses": {"https": "127.0.0.1"},
+    }
+    with real(config=config, https=port):
         url = f"consuls://127.0.0.1:{port}"
         good = Tls(folder["ca"], folder["client-cert"], folder["client-key"])
         async with watched(open_registry(url, tls=good), "llm") as watching, healthy() as served:
@@ -368,11 +363,3 @@ _TLS_FILES = {
     "client-cert": "dc1-client-consul-0.pem",
     "client-key": "dc1-client-consul-0-key.pem",
 }
-
-
-@contextlib.contextmanager
-def socket_port() -> Iterator[int]:
-    with socket.socket() as holder:
-        holder.bind(("127.0.0.1", 0))
-        port = int(holder.getsockname()[1])
-    yield port

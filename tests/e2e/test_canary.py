@@ -43,7 +43,7 @@ async def test_no_sink_holds_a_prompt(tmp_path: Path) -> None:
             )
             gateway = Child(tmp_path, "gateway", words)  # a process of its own: loggers keep the level they began with
             stack.callback(gateway.destroy)
-            await until(lambda: gateway.serves, 30)
+            await until(lambda: gateway.serves, 60)
             session = await stack.enter_async_context(aiohttp.ClientSession(f"http://{gateway.told()['http']}"))
             await until(lambda: _ready(session), 20)
             said = {"role": "user", "content": f"{CANARY} please"}

@@ -61,7 +61,7 @@ def test_a_past_request_is_explained_with_every_attempt_and_after_a_restart(tmp_
         for who, id in (("bob", "ask-1"), ("alice", "ask-2")):
             done = subprocess.run(
                 infermesh("explain", "--request-id", id, "--gateway", gateway.address, "--api-key-file", secrets[who]),
-                cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30, check=False,
+                cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90, check=False,
             )  # fmt: skip
             assert done.returncode == 1 and "ask the one that served it with --gateway" in done.stderr, done.stderr
         # Gateways share nothing, but all that are named are asked.
@@ -86,12 +86,12 @@ def test_a_past_request_is_explained_with_every_attempt_and_after_a_restart(tmp_
 )
 def test_a_folder_that_cannot_be_used_is_told_at_once(flags: tuple[str, ...], told: str) -> None:
     command = infermesh("gateway", "--grpc", "127.0.0.1:0", "--http", "", *flags)
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=90, check=False)
     assert done.returncode == 2 and told in done.stderr
 
 
 def healthy(gateway: Child, key: Path, count: int) -> None:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 90
     with Client(gateway.address, api_key=key.read_text(), timeout=10) as mesh:
         while sum(one.state == "healthy" for one in mesh.instances()) != count:
             assert time.monotonic() < deadline, gateway.text()

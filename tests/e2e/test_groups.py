@@ -39,7 +39,7 @@ async def test_an_overloaded_group_asks_for_more(tmp_path: Path) -> None:
         async def seen() -> bool:
             return (await only_group(mesh)).desired == 1
 
-        await until(seen, 10)
+        await until(seen, 30)
         group = await only_group(mesh)
         assert (group.kind, group.model, group.replicas) == ("llm", "chat", 1)
         assert await exposed(mesh) == ['infermesh_gateway_desired_replicas{group="chat-cpu"} 1.0']

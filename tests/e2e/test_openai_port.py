@@ -28,7 +28,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[tuple[str, str]]:
     words = ("--http-file", str(told), "--model", "m", "--listen", "127.0.0.1:0", "--step-ms", "1")
     child = Child(tmp_path, "engine", [sys.executable, "-P", "-m", "tests.kit.openai_port", *words])
     try:
-        await until(lambda: child.serves, 20)
+        await until(lambda: child.serves, 60)
         yield "http://" + json.loads(told.read_text())["http"], child.address
         child.end()
     finally:

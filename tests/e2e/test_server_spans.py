@@ -151,7 +151,7 @@ async def test_each_has_one(tmp_path: Path) -> None:
                 listed = await mesh.mesh.ListInstances(ms.ListInstancesRequest(), metadata=who)
                 return [i.state for i in listed.instances] == ["healthy"]
 
-            await until(there, 10)
+            await until(there, 30)
             await rest(asked, f"http://{mesh.http}", int(mesh.http.rpartition(":")[2]))
             await rpc(asked, mesh)
             async with aiohttp.ClientSession(f"http://{mesh.http}") as session:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import random
 import shutil
 import signal
 import socket
@@ -15,7 +16,6 @@ import subprocess
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -232,16 +232,18 @@ class ConsulServer:
 
 
 def _free_ports() -> dict[str, int]:
-    with _held(4) as ports:
-        return dict(zip(("http", "server", "serf_lan", "serf_wan"), ports, strict=True))
+    return dict(zip(("http", "server", "serf_lan", "serf_wan"), free_ports(4), strict=True))
 
 
-@contextlib.contextmanager
-def _held(count: int) -> Iterator[list[int]]:
+def free_ports(count: int) -> list[int]:
+    """Ports for those who cannot be told to take any. Not of the range from which the kernel gives every outgoing
+    connection one: such a port could be gone when it is bound, or bound again after a restart."""
     with contextlib.ExitStack() as stack:
-        found = []
-        for _ in range(count):
+        found: list[int] = []
+        while len(found) < count:
             holder = stack.enter_context(socket.socket())
-            holder.bind(("127.0.0.1", 0))
-            found.append(holder.getsockname()[1])
-        yield found
+            port = random.randrange(20_000, 32_000)
+            with contextlib.suppress(OSError):
+                holder.bind(("127.0.0.1", port))
+                found.append(port)
+        return found

@@ -296,3 +296,16 @@ async def test_the_report_tells_every_attempt_in_order() -> None:
             (True, []),
             (False, [reports[1].outcome]),
         ]
+
+
+async def test_a_fault_of_ours_at_the_end_of_a_request_does_not_keep_it_in_flight(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(*_: object) -> None:
+        raise KeyError("a tenant")
+
+    async with fake_instance("a") as a, upstream(a) as up:
+        monkeypatch.setattr(up.carrier.router, "release", broken)
+        with pytest.raises(KeyError):
+            await up.chat()
+        assert up.forwarder.budget.live == 0 and up.forwarder.idle.is_set()

@@ -354,10 +354,10 @@ class Exchange:
         self._finished = True
         forwarder, caller, last = self._forwarder, self._context.caller, self._last
         self._stop_retrying()
+        forwarder.leave()  # first: whatever goes wrong below, nobody waits for a request that is over
         if self._attempt is not None:
             self._tried.append(Tried(self._attempt.lease.record, word(error)))
         self._release(error)
-        forwarder.leave()
         usage = last.usage if last is not None else None
         prompt = usage.prompt_tokens if usage is not None else 0
         completion = usage.completion_tokens if usage is not None else self._kept.before + self._brought()
