@@ -214,9 +214,11 @@ def banner(children: Sequence[Running], where: Where, registry: str, notes: Sequ
     if where.tls is not None:
         grpc = f"grpcs://{grpc}"
     rest = f"http://{http}" if where.tls is None else f"https://{http}"
-    lines = ["", "The mesh is up.", f"  gRPC      {grpc}", f"  REST      {rest}/v1"]
-    lines += [f"  registry  {registry}", "  models"]
     instances = [running for running in children if running.program.model]
+    failed = [running for running in instances if running.child.state is State.FAILED]
+    lines = ["", "The mesh is up." if not failed else "The mesh is up, in part:"]
+    lines += [f"  {running.program.id} failed, see {running.program.log}" for running in failed]
+    lines += [f"  gRPC      {grpc}", f"  REST      {rest}/v1", f"  registry  {registry}", "  models"]
     width = max(len(running.program.model) for running in instances)
     for running in instances:
         state = running.address if running.child.state is State.READY else running.child.state.value

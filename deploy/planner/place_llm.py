@@ -35,6 +35,10 @@ class Found:
     short: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
 
+    def placed_on(self, node: str) -> int:
+        """How many instances the node has by now."""
+        return sum(one.instance.node == node for one in self.placed)
+
     def take(self, host: Host, cards: Sequence[int], used: float = 0.0) -> None:
         """Cards are taken whole; of a CPU host `used` bytes."""
         self.hosts = [one.without(cards, used) if one.node.name == host.node.name else one for one in self.hosts]
@@ -267,7 +271,7 @@ def _on_cpu(shape: Shape, host: Host, layout: Layout) -> Layout:
 def _instance(model: Model, shape: Shape, host: Host, layout: Layout, cards: tuple[int, ...], found: Found) -> Instance:
     """How the file writes it. An engine that is not ours gets the address that its server has to listen on."""
     setup = layout.setup
-    index = len([one for one in found.placed if one.instance.node == host.node.name])
+    index = found.placed_on(host.node.name)
     told: dict[str, object] = {"id": _name(host, layout, index, found), "model": model.id, "node": host.node.name}
     if not host.card.cpu:
         told["cards"] = cards

@@ -23,7 +23,7 @@ from deploy.planner.shape import Shape, tp_fault
 from deploy.planner.wanted import Wanted
 
 _NONE = Support(())
-RPC_PORT = 50052  # llama.cpp's own default
+RPC_PORT = 50052  # llama.cpp's own default; the n-th worker of a host listens n ports further
 MOST_CARDS = 16  # that llama.cpp lists
 
 
@@ -113,7 +113,8 @@ def _put_gguf(
     name = f"{lead.node.name}-{model.id.split('/')[-1]}" if len(found.placed) else lead.node.name
     address = lead.node.address or lead.node.name
     told: dict[str, object] = {"id": name, "model": model.id, "node": lead.node.name, "engine": "openai-http"}
-    told |= {"url": f"http://{address}:{SERVER_PORT}/v1", "tier": tier, "context": (0, length), "max_running": 1}
+    port = SERVER_PORT + found.placed_on(lead.node.name)
+    told |= {"url": f"http://{address}:{port}/v1", "tier": tier, "context": (0, length), "max_running": 1}
     told |= {"kv_tokens": length, "cards": [index for host, index in taken if host.node.name == lead.node.name]}
     demand = wanted.short
     idle = load(speed, demand, 0.0)
@@ -127,7 +128,7 @@ def _put_gguf(
             ttft_s=idle.ttft_s if idle else None,
             tpot_ms=idle.tpot_ms if idle else None,
             split=split,
-            commands=_commands(model, taken, split, length, lead),
+            commands=_commands(model, taken, split, length, port, found),
         )
     )
     found.tiers.append(Tier(model.id, tier, demand.rate if tier == "primary" else 0.0, rate, None, None))
@@ -135,8 +136,11 @@ def _put_gguf(
         found.take(host, (index,))
 
 
-def _commands(model: Model, taken: Sequence[tuple[Host, int]], split: Split, length: int, lead: Host) -> dict[str, str]:
+def _commands(
+    model: Model, taken: Sequence[tuple[Host, int]], split: Split, length: int, port: int, found: Found
+) -> dict[str, str]:
     """llama.cpp's own: a worker on every other host, the server on the first."""
+    lead = taken[-1][0]
     commands: dict[str, str] = {}
     workers = []
     for name in dict.fromkeys(host.node.name for host, _ in taken):
@@ -145,8 +149,9 @@ def _commands(model: Model, taken: Sequence[tuple[Host, int]], split: Split, len
         host = next(host for host, _ in taken if host.node.name == name)
         cards = ",".join(str(index) for other, index in taken if other.node.name == name)
         # Workers ask nobody who they are, and take addresses only: never on more than the network of the hosts.
-        commands[name] = f"CUDA_VISIBLE_DEVICES={cards} rpc-server -H {_bind(host)} -p {RPC_PORT}"
-        workers.append(f"{host.node.address or name}:{RPC_PORT}")
+        near = sum(name in one.commands and one.instance.node != name for one in found.placed)
+        commands[name] = f"CUDA_VISIBLE_DEVICES={cards} rpc-server -H {_bind(host)} -p {RPC_PORT + near}"
+        workers.append(f"{host.node.address or name}:{RPC_PORT + near}")
     own = ",".join(str(index) for host, index in taken if host.node.name == lead.node.name)
     order = [*split.layers[:-1], split.layers[-1] + 1]  # it counts the output head as a layer
     rpc = f" --rpc {','.join(workers)}" if workers else ""
@@ -154,7 +159,7 @@ def _commands(model: Model, taken: Sequence[tuple[Host, int]], split: Split, len
     file = shlex.quote(model.source)
     commands[lead.node.name] = (
         f"CUDA_VISIBLE_DEVICES={own} llama-server -m {file} -c {length} -np 1 -ngl 999{rpc}{share} "
-        f"--host {_bind(lead)} --port {SERVER_PORT}"
+        f"--host {_bind(lead)} --port {port}"
     )
     return commands
 

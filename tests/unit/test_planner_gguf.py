@@ -67,6 +67,25 @@ traffic: {{requests_per_s: 0.01, prompt_tokens: 1000, output_tokens: 200}}
     assert sum(told["layers_per_card"]) == 80 and told["vram_gib"] == pytest.approx(28.89, rel=0.05)
 
 
+def test_two_models_on_the_same_hosts_listen_apart(model: Path) -> None:
+    text = f"""
+version: 1
+models:
+  - {{id: q, kind: llm, source: {model}, max_context: 8192}}
+  - {{id: r, kind: llm, source: {model}, max_context: 8192}}
+nodes: [{{name: a, device: T4, count: 4, address: 10.0.0.1}}, {{name: b, device: T4, count: 2, address: 10.0.0.2}}]
+traffic: {{requests_per_s: 0.01, prompt_tokens: 1000, output_tokens: 200}}
+"""
+    fleet = parse_fleet(text)
+    read = read_models(fleet, Path())
+    found = plan(fleet, read.shapes, shipped(), read.unread, "x")
+    doors = [one.instance.url for one in found.placed]
+    doors += [
+        word for one in found.placed for line in one.commands.values() for word in line.split() if ":5005" in word
+    ]
+    assert len(found.placed) == 2 and len(set(doors)) == len(doors)
+
+
 CARDS = [
     # Cards by host, and how many of them take part in the 28.89 GiB of seed 003_377927cb58f3b15a.txt.
     ([("P40", 1), ("P40", 1)], 2, "the seed's two workers with a P40 each"),
