@@ -106,7 +106,7 @@ Global___Delivery: _TypeAlias = Delivery  # noqa: Y015
 
 @_typing.final
 class Relay(_message.Message):
-    """Set by gateways only. A request that carries it and does not come from a gateway is refused with INVALID_ARGUMENT."""
+    """Set by gateways only, or copied from a PickResponse. Any other request that carries it is refused with INVALID_ARGUMENT."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

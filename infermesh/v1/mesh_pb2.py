@@ -22,10 +22,11 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from infermesh.v1 import inference_pb2 as infermesh_dot_v1_dot_inference__pb2
 from infermesh.v1 import worker_pb2 as infermesh_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17infermesh/v1/mesh.proto\x12\x0cinfermesh.v1\x1a\x19infermesh/v1/worker.proto\"3\n\x14ListInstancesRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"\x7f\n\x15ListInstancesResponse\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.infermesh.v1.Instance\x12\x16\n\x0eregistry_stale\x18\x02 \x01(\x08\x12#\n\x06groups\x18\x03 \x03(\x0b\x32\x13.infermesh.v1.Group\"%\n\x15WatchInstancesRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\"[\n\x16WatchInstancesResponse\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.infermesh.v1.Instance\x12\x16\n\x0eregistry_stale\x18\x02 \x01(\x08\"\xae\x01\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05least\x18\x04 \x01(\r\x12\x0c\n\x04most\x18\x05 \x01(\r\x12\x0f\n\x07\x64\x65sired\x18\x06 \x01(\r\x12\x10\n\x08replicas\x18\x07 \x01(\r\x12\x0b\n\x03use\x18\x08 \x01(\x02\x12\r\n\x05short\x18\t \x01(\t\x12\x11\n\tbacklog_s\x18\n \x01(\x02\x12\x0b\n\x03why\x18\x0b \x01(\t\"\xd3\x02\n\x08Instance\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x17\n\x0frejected_reason\x18\x06 \x01(\t\x12\x36\n\x08metadata\x18\x07 \x03(\x0b\x32$.infermesh.v1.Instance.MetadataEntry\x12 \n\x04load\x18\x08 \x01(\x0b\x32\x12.infermesh.v1.Load\x12\x0e\n\x06weight\x18\t \x01(\x02\x12\x13\n\x0bincarnation\x18\n \x01(\x06\x12\x11\n\tin_flight\x18\x0b \x01(\r\x12\x0b\n\x03why\x18\x0c \x01(\t\x12\x0f\n\x07since_s\x18\r \x01(\x02\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x0e\x10\x14\"~\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x03(\t\"(\n\x0f\x45xplainResponse\x12\x15\n\rdecision_json\x18\x01 \x01(\t\"U\n\x0bPickRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x04 \x01(\x04\"F\n\x0cPickResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\"M\n\rReportRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x04\"\x10\n\x0eReportResponse\"m\n\x14\x44rainInstanceRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x15\n\x08grace_ms\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04undo\x18\x04 \x01(\x08\x42\x0b\n\t_grace_ms\"(\n\x15\x44rainInstanceResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\"p\n\x12\x42\x61nInstanceRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x06\x66or_ms\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0c\n\x04lift\x18\x05 \x01(\x08\x42\t\n\x07_for_ms\"\x15\n\x13\x42\x61nInstanceResponse\"\x16\n\x14RecordTrafficRequest\"W\n\x15RecordTrafficResponse\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.infermesh.v1.TracedRequest\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\"\xb1\x03\n\rTracedRequest\x12\x14\n\x0ctimestamp_ms\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x14\n\x0ctenant_class\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x14\n\x0cinput_length\x18\x07 \x01(\r\x12\x15\n\routput_length\x18\x08 \x01(\r\x12\x10\n\x08hash_ids\x18\t \x03(\x06\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\x02\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x12\n\nsession_id\x18\x0c \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\r \x01(\t\x12\x14\n\x07\x64\x65grade\x18\x0e \x01(\x08H\x00\x88\x01\x01\x12\x0f\n\x07outcome\x18\x0f \x01(\t\x12\x10\n\x08instance\x18\x10 \x01(\t\x12\x14\n\x0cserved_model\x18\x11 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x12 \x01(\r\x12\x15\n\rcached_tokens\x18\x13 \x01(\r\x12\x0f\n\x07ttft_ms\x18\x14 \x01(\x02\x12\x0e\n\x06\x65\x32\x65_ms\x18\x15 \x01(\x02\x42\n\n\x08_degrade2\x9c\x05\n\x0bMeshService\x12X\n\rListInstances\x12\".infermesh.v1.ListInstancesRequest\x1a#.infermesh.v1.ListInstancesResponse\x12]\n\x0eWatchInstances\x12#.infermesh.v1.WatchInstancesRequest\x1a$.infermesh.v1.WatchInstancesResponse0\x01\x12\x46\n\x07\x45xplain\x12\x1c.infermesh.v1.ExplainRequest\x1a\x1d.infermesh.v1.ExplainResponse\x12=\n\x04Pick\x12\x19.infermesh.v1.PickRequest\x1a\x1a.infermesh.v1.PickResponse\x12\x43\n\x06Report\x12\x1b.infermesh.v1.ReportRequest\x1a\x1c.infermesh.v1.ReportResponse\x12Z\n\rRecordTraffic\x12\".infermesh.v1.RecordTrafficRequest\x1a#.infermesh.v1.RecordTrafficResponse0\x01\x12X\n\rDrainInstance\x12\".infermesh.v1.DrainInstanceRequest\x1a#.infermesh.v1.DrainInstanceResponse\x12R\n\x0b\x42\x61nInstance\x12 .infermesh.v1.BanInstanceRequest\x1a!.infermesh.v1.BanInstanceResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17infermesh/v1/mesh.proto\x12\x0cinfermesh.v1\x1a\x1cinfermesh/v1/inference.proto\x1a\x19infermesh/v1/worker.proto\"3\n\x14ListInstancesRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\"\x7f\n\x15ListInstancesResponse\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.infermesh.v1.Instance\x12\x16\n\x0eregistry_stale\x18\x02 \x01(\x08\x12#\n\x06groups\x18\x03 \x03(\x0b\x32\x13.infermesh.v1.Group\"%\n\x15WatchInstancesRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\"[\n\x16WatchInstancesResponse\x12)\n\tinstances\x18\x01 \x03(\x0b\x32\x16.infermesh.v1.Instance\x12\x16\n\x0eregistry_stale\x18\x02 \x01(\x08\"\xae\x01\n\x05Group\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\r\n\x05least\x18\x04 \x01(\r\x12\x0c\n\x04most\x18\x05 \x01(\r\x12\x0f\n\x07\x64\x65sired\x18\x06 \x01(\r\x12\x10\n\x08replicas\x18\x07 \x01(\r\x12\x0b\n\x03use\x18\x08 \x01(\x02\x12\r\n\x05short\x18\t \x01(\t\x12\x11\n\tbacklog_s\x18\n \x01(\x02\x12\x0b\n\x03why\x18\x0b \x01(\t\"\xd3\x02\n\x08Instance\x12\n\n\x02id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\r\n\x05state\x18\x05 \x01(\t\x12\x17\n\x0frejected_reason\x18\x06 \x01(\t\x12\x36\n\x08metadata\x18\x07 \x03(\x0b\x32$.infermesh.v1.Instance.MetadataEntry\x12 \n\x04load\x18\x08 \x01(\x0b\x32\x12.infermesh.v1.Load\x12\x0e\n\x06weight\x18\t \x01(\x02\x12\x13\n\x0bincarnation\x18\n \x01(\x06\x12\x11\n\tin_flight\x18\x0b \x01(\r\x12\x0b\n\x03why\x18\x0c \x01(\t\x12\x0f\n\x07since_s\x18\r \x01(\x02\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01J\x04\x08\x0e\x10\x14\"~\n\x0e\x45xplainRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\x04\x12\x10\n\x08\x66\x65\x61tures\x18\x06 \x03(\t\"(\n\x0f\x45xplainResponse\x12\x15\n\rdecision_json\x18\x01 \x01(\t\"\xc4\x01\n\x0bPickRequest\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x15\n\rprompt_tokens\x18\x03 \x01(\x04\x12\x12\n\nmax_tokens\x18\x04 \x01(\x04\x12\x14\n\x0cprompt_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07\x63hoices\x18\x06 \x01(\r\x12\x10\n\x08\x66\x65\x61tures\x18\x07 \x03(\t\x12\"\n\x05hints\x18\x08 \x01(\x0b\x32\x13.infermesh.v1.Hints\x12\x10\n\x08\x65xcluded\x18\t \x03(\t\"\xb0\x02\n\x0cPickResponse\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\x15\n\rdegraded_from\x18\x05 \x01(\t\x12\"\n\x05relay\x18\x06 \x01(\x0b\x32\x13.infermesh.v1.Relay\x12:\n\x08metadata\x18\x07 \x03(\x0b\x32(.infermesh.v1.PickResponse.MetadataEntry\x12\x12\n\nexpires_ms\x18\x08 \x01(\r\x12\x0b\n\x03tls\x18\t \x01(\x08\x12\x10\n\x08tls_name\x18\n \x01(\t\x1a/\n\rMetadataEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"d\n\rReportRequest\x12\x10\n\x08lease_id\x18\x01 \x01(\t\x12\x0f\n\x07outcome\x18\x02 \x01(\t\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x04 \x01(\x04\"\x10\n\x0eReportResponse\"m\n\x14\x44rainInstanceRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x15\n\x08grace_ms\x18\x02 \x01(\rH\x00\x88\x01\x01\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x0c\n\x04undo\x18\x04 \x01(\x08\x42\x0b\n\t_grace_ms\"(\n\x15\x44rainInstanceResponse\x12\x0f\n\x07running\x18\x01 \x01(\r\"p\n\x12\x42\x61nInstanceRequest\x12\x13\n\x0binstance_id\x18\x01 \x01(\t\x12\x13\n\x06\x66or_ms\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\x0b\n\x03why\x18\x03 \x01(\t\x12\n\n\x02\x62y\x18\x04 \x01(\t\x12\x0c\n\x04lift\x18\x05 \x01(\x08\x42\t\n\x07_for_ms\"\x15\n\x13\x42\x61nInstanceResponse\"\x16\n\x14RecordTrafficRequest\"W\n\x15RecordTrafficResponse\x12-\n\x08requests\x18\x01 \x03(\x0b\x32\x1b.infermesh.v1.TracedRequest\x12\x0f\n\x07\x64ropped\x18\x02 \x01(\x04\"\xb1\x03\n\rTracedRequest\x12\x14\n\x0ctimestamp_ms\x18\x01 \x01(\x01\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\x12\x0e\n\x06tenant\x18\x04 \x01(\t\x12\x14\n\x0ctenant_class\x18\x05 \x01(\t\x12\x10\n\x08priority\x18\x06 \x01(\x11\x12\x14\n\x0cinput_length\x18\x07 \x01(\r\x12\x15\n\routput_length\x18\x08 \x01(\r\x12\x10\n\x08hash_ids\x18\t \x03(\x06\x12\x14\n\x0c\x62lock_tokens\x18\n \x01(\x02\x12\x12\n\nmax_tokens\x18\x0b \x01(\r\x12\x12\n\nsession_id\x18\x0c \x01(\t\x12\x13\n\x0b\x64ocument_id\x18\r \x01(\t\x12\x14\n\x07\x64\x65grade\x18\x0e \x01(\x08H\x00\x88\x01\x01\x12\x0f\n\x07outcome\x18\x0f \x01(\t\x12\x10\n\x08instance\x18\x10 \x01(\t\x12\x14\n\x0cserved_model\x18\x11 \x01(\t\x12\x10\n\x08\x61ttempts\x18\x12 \x01(\r\x12\x15\n\rcached_tokens\x18\x13 \x01(\r\x12\x0f\n\x07ttft_ms\x18\x14 \x01(\x02\x12\x0e\n\x06\x65\x32\x65_ms\x18\x15 \x01(\x02\x42\n\n\x08_degrade2\x9c\x05\n\x0bMeshService\x12X\n\rListInstances\x12\".infermesh.v1.ListInstancesRequest\x1a#.infermesh.v1.ListInstancesResponse\x12]\n\x0eWatchInstances\x12#.infermesh.v1.WatchInstancesRequest\x1a$.infermesh.v1.WatchInstancesResponse0\x01\x12\x46\n\x07\x45xplain\x12\x1c.infermesh.v1.ExplainRequest\x1a\x1d.infermesh.v1.ExplainResponse\x12=\n\x04Pick\x12\x19.infermesh.v1.PickRequest\x1a\x1a.infermesh.v1.PickResponse\x12\x43\n\x06Report\x12\x1b.infermesh.v1.ReportRequest\x1a\x1c.infermesh.v1.ReportResponse\x12Z\n\rRecordTraffic\x12\".infermesh.v1.RecordTrafficRequest\x1a#.infermesh.v1.RecordTrafficResponse0\x01\x12X\n\rDrainInstance\x12\".infermesh.v1.DrainInstanceRequest\x1a#.infermesh.v1.DrainInstanceResponse\x12R\n\x0b\x42\x61nInstance\x12 .infermesh.v1.BanInstanceRequest\x1a!.infermesh.v1.BanInstanceResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -34,46 +35,50 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_INSTANCE_METADATAENTRY']._loaded_options = None
   _globals['_INSTANCE_METADATAENTRY']._serialized_options = b'8\001'
-  _globals['_LISTINSTANCESREQUEST']._serialized_start=68
-  _globals['_LISTINSTANCESREQUEST']._serialized_end=119
-  _globals['_LISTINSTANCESRESPONSE']._serialized_start=121
-  _globals['_LISTINSTANCESRESPONSE']._serialized_end=248
-  _globals['_WATCHINSTANCESREQUEST']._serialized_start=250
-  _globals['_WATCHINSTANCESREQUEST']._serialized_end=287
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=289
-  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=380
-  _globals['_GROUP']._serialized_start=383
-  _globals['_GROUP']._serialized_end=557
-  _globals['_INSTANCE']._serialized_start=560
-  _globals['_INSTANCE']._serialized_end=899
-  _globals['_INSTANCE_METADATAENTRY']._serialized_start=846
-  _globals['_INSTANCE_METADATAENTRY']._serialized_end=893
-  _globals['_EXPLAINREQUEST']._serialized_start=901
-  _globals['_EXPLAINREQUEST']._serialized_end=1027
-  _globals['_EXPLAINRESPONSE']._serialized_start=1029
-  _globals['_EXPLAINRESPONSE']._serialized_end=1069
-  _globals['_PICKREQUEST']._serialized_start=1071
-  _globals['_PICKREQUEST']._serialized_end=1156
-  _globals['_PICKRESPONSE']._serialized_start=1158
-  _globals['_PICKRESPONSE']._serialized_end=1228
-  _globals['_REPORTREQUEST']._serialized_start=1230
-  _globals['_REPORTREQUEST']._serialized_end=1307
-  _globals['_REPORTRESPONSE']._serialized_start=1309
-  _globals['_REPORTRESPONSE']._serialized_end=1325
-  _globals['_DRAININSTANCEREQUEST']._serialized_start=1327
-  _globals['_DRAININSTANCEREQUEST']._serialized_end=1436
-  _globals['_DRAININSTANCERESPONSE']._serialized_start=1438
-  _globals['_DRAININSTANCERESPONSE']._serialized_end=1478
-  _globals['_BANINSTANCEREQUEST']._serialized_start=1480
-  _globals['_BANINSTANCEREQUEST']._serialized_end=1592
-  _globals['_BANINSTANCERESPONSE']._serialized_start=1594
-  _globals['_BANINSTANCERESPONSE']._serialized_end=1615
-  _globals['_RECORDTRAFFICREQUEST']._serialized_start=1617
-  _globals['_RECORDTRAFFICREQUEST']._serialized_end=1639
-  _globals['_RECORDTRAFFICRESPONSE']._serialized_start=1641
-  _globals['_RECORDTRAFFICRESPONSE']._serialized_end=1728
-  _globals['_TRACEDREQUEST']._serialized_start=1731
-  _globals['_TRACEDREQUEST']._serialized_end=2164
-  _globals['_MESHSERVICE']._serialized_start=2167
-  _globals['_MESHSERVICE']._serialized_end=2835
+  _globals['_PICKRESPONSE_METADATAENTRY']._loaded_options = None
+  _globals['_PICKRESPONSE_METADATAENTRY']._serialized_options = b'8\001'
+  _globals['_LISTINSTANCESREQUEST']._serialized_start=98
+  _globals['_LISTINSTANCESREQUEST']._serialized_end=149
+  _globals['_LISTINSTANCESRESPONSE']._serialized_start=151
+  _globals['_LISTINSTANCESRESPONSE']._serialized_end=278
+  _globals['_WATCHINSTANCESREQUEST']._serialized_start=280
+  _globals['_WATCHINSTANCESREQUEST']._serialized_end=317
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_start=319
+  _globals['_WATCHINSTANCESRESPONSE']._serialized_end=410
+  _globals['_GROUP']._serialized_start=413
+  _globals['_GROUP']._serialized_end=587
+  _globals['_INSTANCE']._serialized_start=590
+  _globals['_INSTANCE']._serialized_end=929
+  _globals['_INSTANCE_METADATAENTRY']._serialized_start=876
+  _globals['_INSTANCE_METADATAENTRY']._serialized_end=923
+  _globals['_EXPLAINREQUEST']._serialized_start=931
+  _globals['_EXPLAINREQUEST']._serialized_end=1057
+  _globals['_EXPLAINRESPONSE']._serialized_start=1059
+  _globals['_EXPLAINRESPONSE']._serialized_end=1099
+  _globals['_PICKREQUEST']._serialized_start=1102
+  _globals['_PICKREQUEST']._serialized_end=1298
+  _globals['_PICKRESPONSE']._serialized_start=1301
+  _globals['_PICKRESPONSE']._serialized_end=1605
+  _globals['_PICKRESPONSE_METADATAENTRY']._serialized_start=876
+  _globals['_PICKRESPONSE_METADATAENTRY']._serialized_end=923
+  _globals['_REPORTREQUEST']._serialized_start=1607
+  _globals['_REPORTREQUEST']._serialized_end=1707
+  _globals['_REPORTRESPONSE']._serialized_start=1709
+  _globals['_REPORTRESPONSE']._serialized_end=1725
+  _globals['_DRAININSTANCEREQUEST']._serialized_start=1727
+  _globals['_DRAININSTANCEREQUEST']._serialized_end=1836
+  _globals['_DRAININSTANCERESPONSE']._serialized_start=1838
+  _globals['_DRAININSTANCERESPONSE']._serialized_end=1878
+  _globals['_BANINSTANCEREQUEST']._serialized_start=1880
+  _globals['_BANINSTANCEREQUEST']._serialized_end=1992
+  _globals['_BANINSTANCERESPONSE']._serialized_start=1994
+  _globals['_BANINSTANCERESPONSE']._serialized_end=2015
+  _globals['_RECORDTRAFFICREQUEST']._serialized_start=2017
+  _globals['_RECORDTRAFFICREQUEST']._serialized_end=2039
+  _globals['_RECORDTRAFFICRESPONSE']._serialized_start=2041
+  _globals['_RECORDTRAFFICRESPONSE']._serialized_end=2128
+  _globals['_TRACEDREQUEST']._serialized_start=2131
+  _globals['_TRACEDREQUEST']._serialized_end=2564
+  _globals['_MESHSERVICE']._serialized_start=2567
+  _globals['_MESHSERVICE']._serialized_end=3235
 # @@protoc_insertion_point(module_scope)

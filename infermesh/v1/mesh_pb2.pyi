@@ -7,6 +7,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from infermesh.v1 import inference_pb2 as _inference_pb2
 from infermesh.v1 import worker_pb2 as _worker_pb2
 import builtins as _builtins
 import sys
@@ -312,16 +313,42 @@ Global___ExplainResponse: _TypeAlias = ExplainResponse  # noqa: Y015
 
 @_typing.final
 class PickRequest(_message.Message):
+    """What routing needs of a request that is sent elsewhere. The counts are the caller's word: a reservation is made of them."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     KIND_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     MAX_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_BYTES_FIELD_NUMBER: _builtins.int
+    CHOICES_FIELD_NUMBER: _builtins.int
+    FEATURES_FIELD_NUMBER: _builtins.int
+    HINTS_FIELD_NUMBER: _builtins.int
+    EXCLUDED_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
+    """llm | embedding | rerank; empty = llm"""
     model: _builtins.str
     prompt_tokens: _builtins.int
+    """0 = unknown: estimated from prompt_bytes"""
     max_tokens: _builtins.int
+    """0 = no bound"""
+    prompt_bytes: _builtins.int
+    """of the encoded request"""
+    choices: _builtins.int
+    """answers wanted; 0 = 1"""
+    @_builtins.property
+    def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """that it needs: tools, json_schema, regex, grammar, choice, logprobs, n …"""
+
+    @_builtins.property
+    def hints(self) -> _inference_pb2.Hints:
+        """as in the request itself"""
+
+    @_builtins.property
+    def excluded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """instances that have just failed it; at most 16"""
+
     def __init__(
         self,
         *,
@@ -329,10 +356,15 @@ class PickRequest(_message.Message):
         model: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
         max_tokens: _builtins.int = ...,
+        prompt_bytes: _builtins.int = ...,
+        choices: _builtins.int = ...,
+        features: _abc.Iterable[_builtins.str] | None = ...,
+        hints: _inference_pb2.Hints | None = ...,
+        excluded: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["hints", b"hints"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "max_tokens", b"max_tokens", "model", b"model", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["choices", b"choices", "excluded", b"excluded", "features", b"features", "hints", b"hints", "kind", b"kind", "max_tokens", b"max_tokens", "model", b"model", "prompt_bytes", b"prompt_bytes", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -340,24 +372,80 @@ Global___PickRequest: _TypeAlias = PickRequest  # noqa: Y015
 
 @_typing.final
 class PickResponse(_message.Message):
+    """For one call of one instance: `relay` goes into its request as it is, `metadata` with the call."""
+
     DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class MetadataEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     LEASE_ID_FIELD_NUMBER: _builtins.int
     INSTANCE_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    DEGRADED_FROM_FIELD_NUMBER: _builtins.int
+    RELAY_FIELD_NUMBER: _builtins.int
+    METADATA_FIELD_NUMBER: _builtins.int
+    EXPIRES_MS_FIELD_NUMBER: _builtins.int
+    TLS_FIELD_NUMBER: _builtins.int
+    TLS_NAME_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     instance_id: _builtins.str
+    """as callers may see it"""
     address: _builtins.str
+    """host:port"""
+    model: _builtins.str
+    """as the instance calls it; the request may keep the name that was asked for"""
+    degraded_from: _builtins.str
+    """the model asked for, when another one is to serve"""
+    expires_ms: _builtins.int
+    """from now until the lease ends without a report"""
+    tls: _builtins.bool
+    """the instance is to be spoken to over TLS"""
+    tls_name: _builtins.str
+    """whom its certificate is for; empty = its host"""
+    @_builtins.property
+    def relay(self) -> _inference_pb2.Relay:
+        """by which the instance knows the reservation"""
+
+    @_builtins.property
+    def metadata(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """x-request-id, trace context, authorization where it asks for one (good once, 60 s)"""
+
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         instance_id: _builtins.str = ...,
         address: _builtins.str = ...,
+        model: _builtins.str = ...,
+        degraded_from: _builtins.str = ...,
+        relay: _inference_pb2.Relay | None = ...,
+        metadata: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+        expires_ms: _builtins.int = ...,
+        tls: _builtins.bool = ...,
+        tls_name: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["relay", b"relay"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "instance_id", b"instance_id", "lease_id", b"lease_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "degraded_from", b"degraded_from", "expires_ms", b"expires_ms", "instance_id", b"instance_id", "lease_id", b"lease_id", "metadata", b"metadata", "model", b"model", "relay", b"relay", "tls", b"tls", "tls_name", b"tls_name"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -370,19 +458,23 @@ class ReportRequest(_message.Message):
     LEASE_ID_FIELD_NUMBER: _builtins.int
     OUTCOME_FIELD_NUMBER: _builtins.int
     COMPLETION_TOKENS_FIELD_NUMBER: _builtins.int
+    PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     lease_id: _builtins.str
     outcome: _builtins.str
+    """ok, or the word of a reason (docs/errors.md)"""
     completion_tokens: _builtins.int
+    prompt_tokens: _builtins.int
     def __init__(
         self,
         *,
         lease_id: _builtins.str = ...,
         outcome: _builtins.str = ...,
         completion_tokens: _builtins.int = ...,
+        prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "lease_id", b"lease_id", "outcome", b"outcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["completion_tokens", b"completion_tokens", "lease_id", b"lease_id", "outcome", b"outcome", "prompt_tokens", b"prompt_tokens"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -101,14 +101,16 @@ class MeshServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Pick(self, request, context):
-        """Direct mode: choose an instance and reserve it; the caller dials it himself. UNIMPLEMENTED for now.
+        """Direct mode: chooses an instance and reserves it for one call, which the caller makes himself. It is as if the request
+        had been sent here: it may wait, and is refused with the same errors. The deadline of this call is the request's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Report(self, request, context):
-        """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now.
+        """Direct mode: how that call ended, told to the gateway that gave the lease. One without a report ends at its deadline
+        + 10 s. NOT_FOUND: it has ended, or is of another tenant or gateway.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

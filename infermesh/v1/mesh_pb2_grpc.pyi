@@ -38,9 +38,13 @@ class MeshServiceStub:
     Explain: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.ExplainRequest, _mesh_pb2.ExplainResponse]
     """Where a request would go, and why."""
     Pick: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.PickRequest, _mesh_pb2.PickResponse]
-    """Direct mode: choose an instance and reserve it; the caller dials it himself. UNIMPLEMENTED for now."""
+    """Direct mode: chooses an instance and reserves it for one call, which the caller makes himself. It is as if the request
+    had been sent here: it may wait, and is refused with the same errors. The deadline of this call is the request's.
+    """
     Report: _grpc.UnaryUnaryMultiCallable[_mesh_pb2.ReportRequest, _mesh_pb2.ReportResponse]
-    """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now."""
+    """Direct mode: how that call ended, told to the gateway that gave the lease. One without a report ends at its deadline
+    + 10 s. NOT_FOUND: it has ended, or is of another tenant or gateway.
+    """
     RecordTraffic: _grpc.UnaryStreamMultiCallable[_mesh_pb2.RecordTrafficRequest, _mesh_pb2.RecordTrafficResponse]
     """This gateway's traffic from now on, for `infermesh sim`: sizes, times and salted hashes, never a prompt (operator's
     key). A message comes at least every second.
@@ -60,9 +64,13 @@ class MeshServiceAsyncStub(MeshServiceStub):
     Explain: _aio.UnaryUnaryMultiCallable[_mesh_pb2.ExplainRequest, _mesh_pb2.ExplainResponse]  # type: ignore[assignment]
     """Where a request would go, and why."""
     Pick: _aio.UnaryUnaryMultiCallable[_mesh_pb2.PickRequest, _mesh_pb2.PickResponse]  # type: ignore[assignment]
-    """Direct mode: choose an instance and reserve it; the caller dials it himself. UNIMPLEMENTED for now."""
+    """Direct mode: chooses an instance and reserves it for one call, which the caller makes himself. It is as if the request
+    had been sent here: it may wait, and is refused with the same errors. The deadline of this call is the request's.
+    """
     Report: _aio.UnaryUnaryMultiCallable[_mesh_pb2.ReportRequest, _mesh_pb2.ReportResponse]  # type: ignore[assignment]
-    """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now."""
+    """Direct mode: how that call ended, told to the gateway that gave the lease. One without a report ends at its deadline
+    + 10 s. NOT_FOUND: it has ended, or is of another tenant or gateway.
+    """
     RecordTraffic: _aio.UnaryStreamMultiCallable[_mesh_pb2.RecordTrafficRequest, _mesh_pb2.RecordTrafficResponse]  # type: ignore[assignment]
     """This gateway's traffic from now on, for `infermesh sim`: sizes, times and salted hashes, never a prompt (operator's
     key). A message comes at least every second.
@@ -103,7 +111,9 @@ class MeshServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _mesh_pb2.PickRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_mesh_pb2.PickResponse, _abc.Awaitable[_mesh_pb2.PickResponse]]:
-        """Direct mode: choose an instance and reserve it; the caller dials it himself. UNIMPLEMENTED for now."""
+        """Direct mode: chooses an instance and reserves it for one call, which the caller makes himself. It is as if the request
+        had been sent here: it may wait, and is refused with the same errors. The deadline of this call is the request's.
+        """
 
     @_abc_1.abstractmethod
     def Report(
@@ -111,7 +121,9 @@ class MeshServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _mesh_pb2.ReportRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_mesh_pb2.ReportResponse, _abc.Awaitable[_mesh_pb2.ReportResponse]]:
-        """Direct mode: how it went. A lease without a report expires at its deadline + 10 s. UNIMPLEMENTED for now."""
+        """Direct mode: how that call ended, told to the gateway that gave the lease. One without a report ends at its deadline
+        + 10 s. NOT_FOUND: it has ended, or is of another tenant or gateway.
+        """
 
     @_abc_1.abstractmethod
     def RecordTraffic(

@@ -13,14 +13,18 @@ from services.chassis.rpc import Context
 
 
 def admit(request: Any, context: Context, keys: Keys, served: frozenset[str]) -> Relay | None:
-    """The request's relay, if it came through a gateway.
+    """The request's relay, if it came through a gateway, or on a lease that one gave (direct mode).
 
     Raises:
         MeshError: UNAUTHENTICATED, PERMISSION_DENIED, INVALID_ARGUMENT for a `relay` that is not a gateway's,
             MODEL_NOT_FOUND.
     """
     relay: Relay | None = request.relay if request.HasField("relay") else None
-    key = keys.who(metadata_value(context, "authorization"))
+    authorization = metadata_value(context, "authorization")
+    lent = keys.lent(authorization)
+    if lent is not None and (relay is None or Relay.FromString(lent) != relay):
+        raise invalid("relay", "must be the one of the Pick that this pass is from")
+    key = keys.who(authorization) if lent is None else None
     if relay is not None:
         if key is not None and key.role != "operator":
             raise invalid("relay", "is set by gateways only, which carry the operator's key")

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from deploy.fleet.faults import causes
 from infermesh.errors import MeshError, Reason
-from services.chassis.passes import SCHEME, Passes
+from services.chassis.passes import LENT_SCHEME, SCHEME, Passes
 
 
 class Key(BaseModel):
@@ -87,6 +87,17 @@ class Keys:
         if found is None:
             raise MeshError(Reason.UNAUTHENTICATED, "this API key is not known")
         return found
+
+    def lent(self, authorization: str | None) -> bytes | None:
+        """The relay of a call in direct mode, whose pass this spends; None when no such pass is shown, or needed.
+
+        Raises:
+            MeshError: UNAUTHENTICATED.
+        """
+        scheme, _, token = (authorization or "").partition(" ")
+        if not self._keys or self._passes is None or scheme.lower() != LENT_SCHEME:
+            return None
+        return self._passes.spend(token.strip())
 
     def operator(self, authorization: str | None) -> None:
         """Lets operators pass.

@@ -28,11 +28,11 @@ class Phase(Enum):
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Refuses calls to the guarded services while the process is starting or draining; they may go elsewhere."""
+    """Refuses calls to the guarded services and methods while the process is starting or draining; they may go elsewhere."""
 
-    def __init__(self, guarded: Iterable[str]) -> None:
+    def __init__(self, guarded: Iterable[str], methods: Iterable[str] = ()) -> None:
         self.phase = Phase.STARTING
-        self._guarded = tuple(f"/{name}/" for name in guarded)
+        self._guarded = (*(f"/{name}/" for name in guarded), *(f"/{name}" for name in methods))
         self._handlers: dict[str, Handler] = {}
         self.on_refusal: Callable[[grpc.HandlerCallDetails, MeshError], None] = lambda call, error: None
 
@@ -89,18 +89,19 @@ _REFUSALS = {phase: _refusal(error) for phase, error in _REFUSED.items()}
 
 
 class Server:
-    """A grpc.aio server with health, reflection and a gate; the process's own servicers are added to `grpc`. `inner`:
-    interceptors behind the gate."""
+    """A grpc.aio server with health, reflection and a gate; the process's own servicers are added to `grpc`. `methods`:
+    single ones that the gate guards, too. `inner`: interceptors behind it."""
 
     def __init__(
         self,
         guarded: Sequence[str],
         *,
+        methods: Sequence[str] = (),
         max_streams: int | None = None,
         debug: bool = False,
         inner: Sequence[grpc.aio.ServerInterceptor] = (),
     ) -> None:
-        self.gate = Gate(guarded)
+        self.gate = Gate(guarded, methods)
         self.grpc = grpc.aio.server(interceptors=(self.gate, *inner), options=server_options(max_streams=max_streams))
         self._health = health.aio.HealthServicer()
         self._names = (*guarded, "")

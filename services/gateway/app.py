@@ -37,7 +37,8 @@ from services.gateway.front.answer import Answer
 from services.gateway.front.console.live import Live
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.front.http_server import HttpServer, build_http_server
-from services.gateway.front.mesh import MESH, Mesh
+from services.gateway.front.direct import DirectDoor
+from services.gateway.front.mesh import Mesh
 from services.gateway.front.rest import build_app
 from services.gateway.loop import HoldMeter, run_metered
 from services.gateway.observe import Observe
@@ -50,11 +51,13 @@ from services.gateway.tracing import Tracing
 from services.gateway.upstream.bans import BanBoard
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.channels import Channels
+from services.gateway.upstream.direct import Direct
 from services.gateway.upstream.directory import Directory
 from services.gateway.upstream.forward import Forwarder
 from services.gateway.upstream.shown import Showing, Shown
 
 SERVICES = (rpc.LANGUAGE_MODEL, rpc.EMBEDDING, rpc.RERANK, rpc.RETRIEVE)
+GUARDED = (f"{rpc.MESH}/Pick",)  # beside them, while the gateway starts or drains
 SETTLE_S = 0.5  # between NOT_SERVING and the end of the listeners: balancers and clients need a moment to hear
 STOP_S = 0.5
 REST_STOP_S = 1.0  # uvicorn counts whole seconds
@@ -163,7 +166,8 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     bounds = Bounds(queue.max_requests, queue.max_tokens, queue.max_wait_s)
     policy = routing.policy(settings.weights)
     router = Router(clock(), bounds, policy=policy, salt=gateway_id)
-    carrier = Carrier(router, Channels(tls=_trusted(settings)), observe, clock, Passes(key) if key else None)
+    tls = _trusted(settings)
+    carrier = Carrier(router, Channels(tls=tls), observe, clock, Passes(key) if key else None)
     # Instances count what a gateway sent by (id, seq); a restarted gateway begins at 1 again, under another name.
     life = f"{gateway_id}-{secrets.token_hex(4)}"
     port = split_address(settings.grpc)[1]
@@ -180,7 +184,7 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
         showing=Showing({id: Shown(**rule.model_dump()) for id, rule in settings.telemetry.items()}),
         draw=random.Random(secrets.randbits(64)),
     )
-    server = Server(SERVICES, max_streams=settings.limits.max_streams, debug=settings.channelz)
+    server = Server(SERVICES, methods=GUARDED, max_streams=settings.limits.max_streams, debug=settings.channelz)
     door = rpc.Door(forwarder, keys, observe)
     server.gate.on_refusal = door.turned_away
     server.grpc.add_generic_rpc_handlers(rpc.handlers(door, EmbedStream(door), Answer(door, directory)))
@@ -193,7 +197,8 @@ def _compose(settings: GatewaySettings, gateway_id: str) -> Gateway:
     live = Live(directory, about | {"since": time.time()}, policy.fallbacks, time.time, numbers, decisions)
     observe.metrics.watch_groups(router.groups)
     observe.listeners += [live.finished, traffic.keep, *([decisions.keep] if decisions else [])]
-    mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, decisions), server.grpc)
+    direct = DirectDoor(door, Direct(forwarder, tls))
+    mesh_pb2_grpc.add_MeshServiceServicer_to_server(Mesh(directory, keys, traffic, direct, decisions), server.grpc)
     return Gateway(
         settings,
         server,
@@ -265,7 +270,7 @@ async def _listen(gateway: Gateway) -> tuple[int, str, int]:
     if settings.http:
         gateway.rest = _rest(gateway, gateway.keys)
     try:
-        return await gateway.server.start(settings.grpc, [MESH], gateway.certificate), shown, port
+        return await gateway.server.start(settings.grpc, [rpc.MESH], gateway.certificate), shown, port
     except OSError:
         if gateway.rest is not None:
             gateway.rest.close()

@@ -15,6 +15,7 @@ from infermesh.v1.worker_pb2 import Load
 from services.chassis.identity import metadata_value
 from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
+from services.gateway.front.direct import DirectDoor
 from services.gateway.past.decisions import Decisions, shown
 from services.gateway.past.traffic import Finished, Traffic, traced
 from services.gateway.routing.facts import Facts
@@ -23,7 +24,6 @@ from services.gateway.routing.policy import may_serve
 from services.gateway.upstream.calls import InstanceView
 from services.gateway.upstream.directory import KINDS, Directory
 
-MESH = "infermesh.v1.MeshService"
 QUIET_S = 0.1  # changes that come together are told together
 HEARTBEAT_S = 1.0  # a recording hears so often that nothing came
 SALT_BYTES = 32
@@ -32,8 +32,11 @@ SALT_BYTES = 32
 class Mesh(mesh_pb2_grpc.MeshServiceServicer):
     """`decisions`: of past requests, None where none are kept."""
 
-    def __init__(self, directory: Directory, keys: Keys, traffic: Traffic, decisions: Decisions | None = None) -> None:
+    def __init__(
+        self, directory: Directory, keys: Keys, traffic: Traffic, direct: DirectDoor, decisions: Decisions | None = None
+    ) -> None:
         self._directory = directory
+        self._direct = direct
         self._keys = keys
         self._traffic = traffic
         self._decisions = decisions
@@ -133,11 +136,11 @@ class Mesh(mesh_pb2_grpc.MeshServiceServicer):
 
     @unary
     async def Pick(self, request: ms.PickRequest, context: Context) -> ms.PickResponse:
-        raise MeshError(Reason.UNIMPLEMENTED, "MeshService.Pick (direct mode) is not served by this version")
+        return await self._direct.pick(request, context)
 
     @unary
     async def Report(self, request: ms.ReportRequest, context: Context) -> ms.ReportResponse:
-        raise MeshError(Reason.UNIMPLEMENTED, "MeshService.Report (direct mode) is not served by this version")
+        return await self._direct.report(request, context)
 
     def _models(self, context: Context) -> frozenset[str]:
         """The models of the caller's key; empty = all."""

@@ -30,11 +30,13 @@ LANGUAGE_MODEL = "infermesh.v1.LanguageModelService"
 EMBEDDING = "infermesh.v1.EmbeddingService"
 RERANK = "infermesh.v1.RerankService"
 RETRIEVE = "infermesh.v1.RetrieveService"
+MESH = "infermesh.v1.MeshService"
 _ENTRANCES = {method: Entrance(method.path.lstrip("/")) for method in Method}
 _NAMES = {
     **{entrance.path: method.name.lower() for method, entrance in _ENTRANCES.items()},
     f"{EMBEDDING}/EmbedStream": "embed_stream",
     f"{RETRIEVE}/Answer": "answer",
+    f"{MESH}/Pick": "direct",
 }
 
 

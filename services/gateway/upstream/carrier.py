@@ -14,6 +14,7 @@ import structlog
 from grpc_health.v1 import health_pb2
 
 from infermesh.v1 import worker_pb2 as wk
+from infermesh.v1.inference_pb2 import Relay
 from registry.endpoint import Endpoint
 from services.chassis.granting import Want
 from services.chassis.passes import Passes
@@ -58,6 +59,12 @@ class Carrier:
     def credentials(self, endpoint: Endpoint) -> tuple[tuple[str, str], ...]:
         """What this gateway shows to an instance."""
         return (("authorization", self._passes.show(endpoint.address)),) if self._passes is not None else ()
+
+    def lent(self, endpoint: Endpoint, relay: Relay) -> dict[str, str]:
+        """What a caller shows to an instance that he calls himself, for the one attempt that `relay` tells of."""
+        if self._passes is None:
+            return {}
+        return {"authorization": self._passes.lend(endpoint.address, relay.SerializeToString())}
 
     def do(self, effects: Iterable[Effect]) -> None:
         """One after the other, also what they set in motion themselves: a lease for a caller who has gone passes to

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from registry.endpoint import Endpoint
 from services.chassis.identity import REQUEST_KEY
 from services.gateway.report import Report, Tried
 from services.gateway.routing import failover
-from services.gateway.routing.decision import Lease, Record, Refuse, Wait
+from services.gateway.routing.decision import Lease, Record, Refuse
 from services.gateway.routing.facts import Facts
 from services.gateway.upstream.attempt import Attempt
 from services.gateway.upstream.calls import Call, Event, Identity, Method
@@ -72,8 +71,7 @@ class Exchange:
     async def __aenter__(self) -> Exchange:
         forwarder = self._forwarder
         now = self._begun = self._carrier.now()
-        limit = now + forwarder.limits.default_deadline_s
-        self._deadline = min(self._context.deadline or limit, limit)
+        self._deadline = forwarder.deadline(self._context, now)
         forwarder.enter()
         try:
             self._admit(now)
@@ -124,19 +122,13 @@ class Exchange:
         """The checks and the books that come before the first attempt."""
         forwarder, caller = self._forwarder, self._context.caller
         check(self._method, self._request, caller)
-        if forwarder.budget.live > forwarder.limits.max_concurrent:
-            message = f"{forwarder.limits.max_concurrent} requests are in this gateway already"
-            raise MeshError(Reason.QUEUE_FULL, message, retry_after_s=1.0)
-        salt = forwarder.salt(caller.tenant)
-        granularity_s = forwarder.time_granularity_s
-        rendered_at = int(time.time()) // granularity_s * granularity_s  # once: another rendering gives the same tokens
+        forwarder.admit()
+        salt, rendered_at = forwarder.salt(caller.tenant), forwarder.rendered_at()
         self._facts = facts = describe(self._method, self._request, caller, self._deadline, now, salt, rendered_at)
         relay = self._request.relay  # what of it is the same at every attempt; `_amend` sets the rest
         relay.cache_salt, relay.rendered_at = salt, rendered_at
         relay.prefix_chain.extend(facts.chain)
-        if caller.tokens_per_minute:
-            tokens = sum(self._carrier.router.estimate(facts))
-            self._reserved = forwarder.quota.reserve(caller.tenant, caller.tokens_per_minute, tokens, now)
+        self._reserved = forwarder.charge(facts, caller, now)
 
     async def _pursue(self, failure: MeshError | None = None) -> None:
         """One attempt after the other, until one has begun to answer. `failure`: why there must be another one."""
@@ -186,17 +178,8 @@ class Exchange:
 
     async def _reserve(self, failure: MeshError | None) -> Lease:
         """A lease, at once or after waiting. `failure` is why the attempt before it failed."""
-        carrier, kept = self._carrier, self._kept
-        now = carrier.now()
-        decision = carrier.router.pick(kept.facts(self._facts, now), now, self._forwarder.draw.random())
-        if isinstance(decision, Wait):
-            self._record = decision.record  # all there will be, should the caller leave meanwhile
-            gauge = self._forwarder.observe.metrics.waiting
-            gauge.inc()
-            try:
-                decision = await carrier.wait(decision.ticket)
-            finally:
-                gauge.dec()
+        kept, now = self._kept, self._carrier.now()
+        decision = await self._forwarder.choose(kept.facts(self._facts, now), now, self._waits)
         if isinstance(decision, Refuse):
             if kept.under_way and not self._events:
                 self._begin_anew()
@@ -206,6 +189,9 @@ class Exchange:
             raise refusal(decision, None if kept.under_way else failure)
         self._decided(decision.lease.record)
         return decision.lease
+
+    def _waits(self, record: Record) -> None:
+        self._record = record  # all there will be, should the caller leave meanwhile
 
     def _decided(self, record: Record) -> None:
         self._record = record
@@ -260,14 +246,10 @@ class Exchange:
 
     def _amend(self, lease: Lease, model: str) -> bytes:
         """The request as this instance is to see it."""
-        forwarder, request = self._forwarder, self._request
+        request = self._request
         relay = request.relay
         relay.served_model = model if model != request.model else ""
-        relay.gateway_id = forwarder.gateway_id
-        relay.seq, relay.grant = lease.seq, lease.grant
-        relay.work_us, relay.kv_tokens = lease.work_us, lease.kv_tokens
-        relay.attempt = self.attempts
-        relay.tenant = self._context.caller.tenant
+        self._forwarder.stamp(relay, lease, self._context.caller.tenant, self.attempts)
         if self._kept.under_way and self._kept.transcript is not None:
             relay.resume.CopyFrom(self._kept.transcript.resume())
         else:
