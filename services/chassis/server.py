@@ -28,7 +28,7 @@ class Phase(Enum):
 
 
 class Gate(grpc.aio.ServerInterceptor):
-    """Refuses calls to the guarded services and methods while the process is starting or draining; they may go elsewhere."""
+    """Refuses calls to what is guarded while the process is starting or draining; they may go elsewhere."""
 
     def __init__(self, guarded: Iterable[str], methods: Iterable[str] = ()) -> None:
         self.phase = Phase.STARTING

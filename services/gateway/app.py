@@ -35,9 +35,9 @@ from services.gateway.config import DEFAULT_BANS, DEFAULT_PAST, GatewaySettings
 from services.gateway.front import rpc
 from services.gateway.front.answer import Answer
 from services.gateway.front.console.live import Live
+from services.gateway.front.direct import DirectDoor
 from services.gateway.front.embed_stream import EmbedStream
 from services.gateway.front.http_server import HttpServer, build_http_server
-from services.gateway.front.direct import DirectDoor
 from services.gateway.front.mesh import Mesh
 from services.gateway.front.rest import build_app
 from services.gateway.loop import HoldMeter, run_metered

@@ -1,7 +1,7 @@
 """Direct mode: a caller asks where to, calls the instance itself, and says how it went (docs/decisions/0040).
 
-A lease ends once: with its report, or 10 s after its deadline. What a caller says gives the reservation back and may have
-the instance asked whether it is well; it proves nothing, so neither health nor speeds nor estimates learn from it.
+A lease ends once: with its report, or 10 s after its deadline. What a caller says gives the reservation back and may
+have the instance asked whether it is well; it proves nothing, so health, speeds and estimates do not learn from it.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Forwarder:
         return min(call.deadline or limit, limit)
 
     def rendered_at(self) -> int:
-        """Unix seconds that prompt templates see. To be asked once a request: another rendering gives the same tokens."""
+        """Unix seconds that templates see; asked once a request, so that another rendering gives the same tokens."""
         return int(time.time()) // self.time_granularity_s * self.time_granularity_s
 
     def admit(self) -> None:
