@@ -14,7 +14,7 @@ from examples.rag.assistant import Assistant
 from examples.rag.evaluate import evaluate, questions
 from examples.rag.index import index
 from examples.rag.store import Store, StoreError
-from infermesh.client import Answer, AsyncClient, Client, MeshError, Reason
+from infermesh.client import Answer, AsyncClient, AsyncDirectClient, Client, MeshError, Reason
 from tests.kit.answering import answering_mesh
 from tests.kit.children import ROOT
 from tests.kit.embedding import MODEL
@@ -57,6 +57,13 @@ async def test_the_passages_that_matter_are_shown_cited_and_found_in_the_cache(t
             with pytest.raises(MeshError) as caught:
                 await client.answer(question, passages, embedding_model="nope", rerank_top=2, shown=1)
             assert caught.value.reason is Reason.MODEL_NOT_FOUND and caught.value.param == "embedding_model"
+
+            async with AsyncDirectClient(mesh.address) as direct:
+                for ask in (direct, client):
+                    vectors = await ask.embed(list(FACTS.values())[:2], model=MODEL)
+                    ranked = await ask.rerank(question, list(FACTS.values()), model=MODEL, top_n=1)
+                    assert (len(vectors), vectors.dimensions, ranked.hits[0].index) == (2, 384, 0)
+                    assert (vectors.served.instance_id, ranked.served.instance_id) == ("embedding-0", "rerank-0")
 
         def plain() -> Answer:
             with Client(mesh.address) as client:

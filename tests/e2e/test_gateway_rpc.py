@@ -127,8 +127,12 @@ async def test_refusals_are_typed_and_name_the_field(tmp_path: Path) -> None:
         answer_stub = retrieve_pb2_grpc.RetrieveServiceStub(mesh.channel)
         error = await failure(answer_stub.Answer(retrieve_pb2.AnswerRequest()))
         assert (error.reason, error.param) == (Reason.INVALID_ARGUMENT, "question")
-        assert (await failure(mesh.mesh.Pick(ms.PickRequest()))).reason is Reason.UNIMPLEMENTED
-        assert (await failure(mesh.mesh.Report(ms.ReportRequest()))).reason is Reason.UNIMPLEMENTED
+        for call, param in (
+            (mesh.mesh.Pick(ms.PickRequest()), "model"),
+            (mesh.mesh.Report(ms.ReportRequest()), "outcome"),
+        ):
+            error = await failure(call)
+            assert (error.reason, error.param) == (Reason.INVALID_ARGUMENT, param)
         assert (await answer(llm.Chat(chat())))[0] == " w0 w1 w2 w3 w4 w5 w6 w7"
         assert await in_flight(mesh) == 0
 

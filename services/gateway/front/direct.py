@@ -40,7 +40,7 @@ class DirectDoor:
             if context.cancelled():  # the answer may not have reached him
                 self._direct.forget(picked.id)
 
-        context.add_done_callback(over)
+        context.add_done_callback(over)  # type: ignore[arg-type]
         instance_id, model = picked.ids
         return ms.PickResponse(
             lease_id=picked.id,
