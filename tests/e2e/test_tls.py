@@ -11,7 +11,7 @@ import aiohttp
 import pytest
 import trustme
 
-from infermesh.client import AsyncClient, Client, MeshError
+from infermesh.client import AsyncClient, AsyncDirectClient, Client, MeshError
 from registry.address import open_registry
 from services.chassis import certificates
 from services.chassis.certificates import Certificate
@@ -95,6 +95,9 @@ async def test_every_hop_over_tls_and_nobody_in_who_is_not_vouched_for(
             await registry.close()
 
         assert await said(mesh, ca) == await said_by_rest(mesh, ca) == " w0 w1"
+        whom = {"ca_file": str(ca), "instances_ca_file": str(ca), "timeout": 30}
+        async with AsyncDirectClient(f"grpcs://{mesh.address}", **whom) as direct:
+            assert (await direct.chat("hello", model="chat", max_tokens=2)).text == " w0 w1"
         for wrong in (f"grpcs://{mesh.address}", mesh.address):
             with pytest.raises(MeshError), Client(wrong, ca_file=str(other_ca), timeout=5) as client:
                 client.chat("hello", model="chat")

@@ -14,18 +14,20 @@ from infermesh.errors import MeshError, Reason
 from infermesh.v1 import mesh_pb2 as ms
 from infermesh.v1.inference_pb2 import Hints
 from registry.endpoint import Capacity
-from services.gateway.front.direct import wanted
+from services.gateway.front.direct import PICK, wanted
 from services.gateway.observe import Observe
 from services.gateway.report import Report
 from services.gateway.routing.admission import Bounds
 from services.gateway.routing.facts import Facts, Member
 from services.gateway.routing.router import Router
+from services.gateway.tracing import Tracing
 from services.gateway.upstream import direct as module
 from services.gateway.upstream.calls import Call, Caller
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.channels import Channels
 from services.gateway.upstream.direct import Direct, Picked
 from services.gateway.upstream.forward import Forwarder
+from tests.kit.collector import collector
 from tests.kit.mesh import until
 from tests.kit.routing import endpoint
 
@@ -102,6 +104,23 @@ async def test_a_pick_reserves_and_its_report_gives_back_once() -> None:
         with pytest.raises(MeshError) as caught:
             d.direct.report(picked.id, "alice", "ok")
         assert caught.value.reason is Reason.NOT_FOUND and len(d.ended) == 1 and d.nothing_left()
+
+
+async def test_its_spans_are_a_routes_and_an_attempts_and_the_callers_trace_goes_on() -> None:
+    async with collector() as sink, desk("a") as d:
+        tracing = Tracing(sink.address, "gw")
+        d.forwarder.observe = Observe(tracing)
+        trace = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}
+        picked = await d.direct.pick(FACTS, Call("req-1", ALICE, trace=trace, entrance=PICK))
+        d.direct.report(picked.id, "alice", "stream_lost", (100, 3))
+        with pytest.raises(MeshError):
+            await d.direct.pick(Facts("llm", "none"), Call("req-2", ALICE, trace=trace, entrance=PICK))
+        await tracing.close()
+    routes, (attempt,) = sink.named("route"), sink.named("attempt")
+    assert picked.metadata["traceparent"].split("-")[2] == attempt.id and attempt.parent == routes[0].id
+    assert routes[0].attributes["gen_ai.operation.name"] == "direct"
+    assert [route.attributes["error.type"] for route in routes] == ["stream_lost", "model_not_found"]
+    assert routes[0].attributes["infermesh.route.chosen"] == "a"
 
 
 async def test_a_lease_of_another_tenant_stays_what_it_is() -> None:
