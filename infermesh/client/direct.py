@@ -67,7 +67,10 @@ def as_error(picked: ms.PickResponse, code: StatusCode, details: str, trailers: 
     """What a failed call of an instance means. `got`: how much of the answer had come, empty = nothing."""
     pairs = [(item[0], item[1]) for item in trailers or ()]
     error = from_status(code, details, pairs)
-    if REASON_KEY not in dict(pairs) and code is StatusCode.UNAVAILABLE:
+    spoken = REASON_KEY in dict(pairs)
+    if not spoken and code is StatusCode.RESOURCE_EXHAUSTED:  # the library's own: no instance takes such a message
+        error = MeshError(Reason.REQUEST_TOO_LARGE, details)
+    elif not spoken and code is StatusCode.UNAVAILABLE:
         where = f"{picked.instance_id or 'the instance'} at {picked.address}"
         if got:
             error = MeshError(Reason.STREAM_LOST, f"the connection to {where} broke after {got}: {details}")
@@ -92,8 +95,8 @@ class Tries:
         self.count += 1
         if begun or not TABLE[error.reason].elsewhere or self.count >= PICKS:
             return False
-        if error.reason not in _SOON and picked.instance_id:
-            self.avoid.append(picked.instance_id)
+        if error.reason not in _SOON:
+            self.avoid.append(picked.address)
         return True
 
     def told(self, refused: MeshError) -> MeshError:

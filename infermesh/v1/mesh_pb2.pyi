@@ -347,7 +347,7 @@ class PickRequest(_message.Message):
 
     @_builtins.property
     def excluded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """instances that have just failed it; at most 16"""
+        """instances that have just failed it, by address or id; at most 16"""
 
     def __init__(
         self,

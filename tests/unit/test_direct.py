@@ -167,6 +167,7 @@ async def test_the_same_refusals_as_for_a_forwarded_request() -> None:
             ({"model": "other"}, Reason.MODEL_NOT_FOUND),
             ({"features": frozenset({"grammar"})}, Reason.UNSUPPORTED),
             ({"excluded": frozenset({"a"})}, Reason.NO_INSTANCE),
+            ({"excluded": frozenset({"127.0.0.1:9"})}, Reason.NO_INSTANCE),
         ):
             with pytest.raises(MeshError) as caught:
                 await d.pick(**more)

@@ -10,7 +10,7 @@ import pytest
 
 from infermesh.errors import MeshError, Reason
 from services.chassis.keys import Key, Keys
-from services.chassis.passes import LIFE_S, SKEW_S, Passes
+from services.chassis.passes import LENT_S, LIFE_S, SKEW_S, Passes
 
 HERE = "10.0.0.1:50051"
 
@@ -70,6 +70,43 @@ def test_one_that_was_checked_before_ends_all_the_same(monkeypatch: pytest.Monke
     monkeypatch.setattr("services.chassis.passes.SKEW_S", 0.0)
     with pytest.raises(MeshError, match="clocks"):
         checked.check(mine)
+
+
+def test_a_lent_pass_is_good_once_at_its_address_and_for_its_relay() -> None:
+    gateway, here = Passes("root"), instance()
+    scheme, _, lent = gateway.lend(HERE, b"attempt 7").partition(" ")
+    assert scheme == "lease" and here.spend(lent) == b"attempt 7"
+    with pytest.raises(MeshError, match="has been used"):
+        here.spend(lent)
+    head, claims, signature = lent.split(".")
+    for spelt in (f"{head}.{claims}.{signature}=", f"{head}.{claims}.{signature}!", f"{head}.{claims}.{signature} "):
+        with pytest.raises(MeshError):  # whatever the library makes of it
+            here.spend(spelt)
+    for other, why in (
+        (gateway.lend("10.0.0.66:50051", b"1"), "another address"),
+        (Passes("guess").lend(HERE, b"2"), "not made with"),
+        (Passes("root", lambda: time.time() - LENT_S - SKEW_S - 1).lend(HERE, b"3"), "clocks"),
+        (f"lease {token(gateway)}", "not made with"),
+    ):
+        with pytest.raises(MeshError, match=why):
+            here.spend(other.partition(" ")[2])
+    with pytest.raises(MeshError, match="not made with"):
+        here.check(gateway.lend(HERE, b"4").partition(" ")[2])  # no gateway's pass, and no operator's
+
+
+def test_spent_passes_are_remembered_no_longer_than_they_are_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.chassis.passes.MOST_KEPT", 8)
+    here = instance()
+    here._sweep_at = 8
+    now = [time.time()]
+    gateway = Passes("root", lambda: now[0])
+    monkeypatch.setattr("services.chassis.passes.SKEW_S", 0.0)
+    for number in range(8):
+        here.spend(gateway.lend(HERE, b"%d" % number).partition(" ")[2])
+    assert len(here._spent) == 8
+    here._spent = dict.fromkeys(here._spent, now[0] - 1)
+    here.spend(gateway.lend(HERE, b"9").partition(" ")[2])
+    assert len(here._spent) == 1
 
 
 def test_nobody_answers_before_it_knows_where() -> None:

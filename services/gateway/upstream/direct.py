@@ -84,6 +84,7 @@ class Direct:
         forwarder, caller, now = self._forwarder, call.caller, self._carrier.now()
         facts = replace(
             facts,
+            excluded=self._ids(facts.excluded),
             tenant=caller.tenant,
             klass=caller.klass,
             allowed=caller.models,
@@ -129,6 +130,13 @@ class Direct:
         """Ends a lease of which its caller may never have heard."""
         if lease_id in self._held:
             self._return(lease_id, Reason.CANCELLED.value)
+
+    def _ids(self, named: frozenset[str]) -> frozenset[str]:
+        """Of instances named by address, too: callers may have been told other ids, or none."""
+        if not named:
+            return named
+        found = self._carrier.router.fleet.instances.items()
+        return frozenset(id for id, one in found if id in named or one.endpoint.address in named)
 
     def _decided(self, errand: _Errand, record: Record) -> None:
         errand.record = record
