@@ -126,11 +126,11 @@ async def test_clients_go_elsewhere_when_an_instance_dies_or_drains(tmp_path: Pa
         async with AsyncDirectClient(mesh.address, api_key="alice", timeout=60) as client:
 
             async def ask() -> Any:
-                return await client.chat("hello", model="chat", max_tokens=4)
+                return await client.chat("hello", model="chat", max_tokens=40)
 
             answers = await asyncio.gather(*(ask() for _ in range(16)))
             assert {answer.served.instance_id for answer in answers} == {"a", "b"}
-            assert all(answer.text.split() == ["w0", "w1", "w2", "w3"] for answer in answers)
+            assert all(answer.text.split() == [f"w{i}" for i in range(40)] for answer in answers)
             await until(lambda: idle(mesh), 30)
 
             left = client.chat_stream("hello", model="chat", max_tokens=2000)

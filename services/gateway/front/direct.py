@@ -35,12 +35,6 @@ class DirectDoor:
             self._door.watcher.refused("direct", error, call)
             raise
         picked = await self._direct.pick(facts, call)
-
-        def over(context: Context) -> None:
-            if context.cancelled():  # the answer may not have reached him
-                self._direct.forget(picked.id)
-
-        context.add_done_callback(over)  # type: ignore[arg-type]
         instance_id, model = picked.ids
         return ms.PickResponse(
             lease_id=picked.id,

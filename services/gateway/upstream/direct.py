@@ -126,11 +126,6 @@ class Direct:
             raise MeshError(Reason.NOT_FOUND, f"there is no lease {lease_id[:64]!r} here: {why}", param="lease_id")
         self._return(lease_id, outcome, tokens)
 
-    def forget(self, lease_id: str) -> None:
-        """Ends a lease of which its caller may never have heard."""
-        if lease_id in self._held:
-            self._return(lease_id, Reason.CANCELLED.value)
-
     def _ids(self, named: frozenset[str]) -> frozenset[str]:
         """Of instances named by address, too: callers may have been told other ids, or none."""
         if not named:
