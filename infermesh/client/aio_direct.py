@@ -101,7 +101,7 @@ class AsyncDirectClient(AsyncClient):
                 failure = None
                 return
             except grpc.aio.AioRpcError as error:
-                failure = lost = self._failed(picked, error, got=answer.got if begun else "")
+                failure = lost = self._failed(picked, error, got=answer.got if begun and not whole else "")
                 if not tries.again(picked, lost, begun=begun and not whole):
                     raise lost from None
             finally:

@@ -95,7 +95,7 @@ class DirectClient(Client):
                 failure = None
                 return
             except grpc.RpcError as error:
-                failure = lost = self._failed(picked, error, got=answer.got if begun else "")
+                failure = lost = self._failed(picked, error, got=answer.got if begun and not whole else "")
                 if not tries.again(picked, lost, begun=begun and not whole):
                     raise lost from None
             finally:
