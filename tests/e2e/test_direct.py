@@ -148,7 +148,7 @@ async def test_clients_go_elsewhere_when_an_instance_dies_or_drains(tmp_path: Pa
             first = await anext(under_way)
             name = first.so_far.served.instance_id
             victim, other = mesh.instances[name], {"a": "b", "b": "a"}[name]
-            wholes = [asyncio.create_task(client.chat("hello", model="chat", max_tokens=200)) for _ in range(6)]
+            wholes = [asyncio.create_task(client.chat("hello", model="chat", max_tokens=400)) for _ in range(6)]
 
             async def spread() -> bool:
                 return all(one.in_flight >= 2 for one in (await listed(mesh)).values())
@@ -160,7 +160,7 @@ async def test_clients_go_elsewhere_when_an_instance_dies_or_drains(tmp_path: Pa
                     pass
             assert caught.value.reason is Reason.STREAM_LOST and name in str(caught.value)
             answers = await asyncio.gather(*wholes)  # nobody had seen any of them
-            assert {len(answer.text.split()) for answer in answers} == {200}
+            assert {len(answer.text.split()) for answer in answers} == {400}
             assert {answer.served.instance_id for answer in answers if answer.served.attempts > 1} == {other}
             answers = await asyncio.gather(*(ask() for _ in range(8)))
             assert {answer.served.instance_id for answer in answers} == {other}
