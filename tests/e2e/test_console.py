@@ -149,7 +149,7 @@ def group_is_shown(shown: Any) -> None:
     assert "2–3" in row.inner_text()
     assert "chat-cpu" in shown.locator("#instance-chat-0").inner_text()
     shown.click("nav >> text=模型")
-    assert "chat-cpu 1 → 2" in shown.locator("main .card").first.inner_text()
+    shown.locator("main .card", has_text="chat-cpu 1 → 2").first.wait_for(timeout=WAIT_MS)
     assert shown.evaluate("document.documentElement.scrollWidth") <= 390
 
 
