@@ -183,7 +183,7 @@ def from_status(status: StatusCode, details: str, trailers: Iterable[tuple[str, 
         reason,
         details or reason.value,
         param=meta.get(PARAM_KEY),
-        retry_after_s=int(after) / 1000 if after.isdigit() else None,
+        retry_after_s=int(after) / 1000 if after.isdecimal() else None,
     )
     error.instance_id, error.model_id = meta.get(INSTANCE_KEY, ""), meta.get(MODEL_KEY, "")
     return error

@@ -19,6 +19,7 @@ from tests.fault.matrix import Ground, Measured, Row
 from tests.fault.rest import chat, post, session
 
 PROMPT_WORDS = 400
+VOCABULARY = [str(1_000_000 + number) for number in range(2000)]
 
 
 def keys(folder: Path, *names: str) -> tuple[str, ...]:
@@ -81,9 +82,10 @@ async def timing(ground: Ground) -> Measured:
         prober = AsyncClient(mesh.grpc, api_key="prober", timeout=30)
         times: dict[str, tuple[list[float], list[float]]] = {"prober": ([], []), "victim": ([], [])}
         async with prober:
+            await mesh.client.chat(" ".join(VOCABULARY), model=MODEL, max_tokens=1)
             for _ in range(ground.runs(200)):
                 for who, client in (("prober", prober), ("victim", mesh.client)):
-                    asked, new = (" ".join(str(draw.getrandbits(30)) for _ in range(PROMPT_WORDS)) for _ in range(2))
+                    asked, new = (" ".join(draw.choices(VOCABULARY, k=PROMPT_WORDS)) for _ in range(2))
                     await mesh.client.chat(asked, model=MODEL, max_tokens=1)
                     probes = [(0, asked), (1, new)]
                     draw.shuffle(probes)

@@ -16,6 +16,8 @@ from services.gateway.routing.decision import Refuse
 from services.gateway.routing.facts import End
 
 PROMPT_TOKENS_KEY = "x-infermesh-prompt-tokens"
+# grpc's word for streams that end with their connection; where that broke by bytes nobody can read, as INTERNAL.
+TAKEN_ALONG = "Stream removed"
 _COUNT = re.compile(r"\d+")
 
 
@@ -32,9 +34,13 @@ def as_failure(error: BaseException) -> MeshError:
     if isinstance(error, grpc.aio.AioRpcError):
         failure = from_rpc(error)
         spoken = REASON_KEY in {key for key, _ in error.trailing_metadata() or ()}
-        if failure.reason is Reason.INSTANCE_FULL and not spoken:
+        if spoken:
+            return failure
+        if failure.reason is Reason.INSTANCE_FULL:
             # The library's own RESOURCE_EXHAUSTED: a message over its limit. No other instance would take it either.
             return MeshError(Reason.REQUEST_TOO_LARGE, failure.message)
+        if failure.reason is Reason.INTERNAL and failure.message.startswith(TAKEN_ALONG):
+            return MeshError(Reason.INSTANCE_LOST, failure.message)
         return failure
     if isinstance(error, asyncio.CancelledError):
         return MeshError(Reason.INSTANCE_LOST, "the connection to the instance was closed")
@@ -47,7 +53,7 @@ def exact_prompt_tokens(error: BaseException, failure: MeshError) -> int:
     """The count that an instance gave with OUT_OF_RANGE; 0 = none."""
     if isinstance(error, grpc.aio.AioRpcError):
         for key, value in error.trailing_metadata() or ():
-            if key == PROMPT_TOKENS_KEY and isinstance(value, str) and value.isdigit():
+            if key == PROMPT_TOKENS_KEY and isinstance(value, str) and value.isdecimal():
                 return int(value)
     found = _COUNT.search(failure.message)
     return int(found.group()) if found else 0
