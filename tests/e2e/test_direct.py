@@ -77,7 +77,7 @@ async def test_a_lease_opens_one_call_of_one_instance_and_nothing_else(tmp_path:
     async with keyed(tmp_path, a=(), b=()) as mesh:
         wish = ms.PickRequest(model="chat", prompt_tokens=5, max_tokens=4)
         never = await mesh.mesh.Pick(wish, metadata=who("bob"), timeout=1)  # nobody reports this one
-        assert 10_000 < never.expires_ms <= 11_000
+        assert 10_000 < never.expires_ms < 12_000  # deadlines travel rounded
         picked = await mesh.mesh.Pick(wish, metadata=who("alice"), timeout=60)
         assert picked.address == mesh.instances[picked.instance_id].address and picked.model == "chat"
         assert picked.relay.tenant == "a" and not picked.tls
