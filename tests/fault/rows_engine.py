@@ -1,4 +1,4 @@
-"""Rows 5-11, 16: instances whose connections are fine and whose work is not."""
+"""Rows 5-11, 16, 71: instances whose connections are fine and whose work is not."""
 
 from __future__ import annotations
 
@@ -71,6 +71,28 @@ async def stalled(ground: Ground) -> Measured:
             f"states {', '.join(seen)}"
         )
         return Measured(one.ok and one.pause_s < 6 and not load.failures and seen.count("healthy") == 3, text)
+
+
+async def long_prompt(ground: Ground) -> Measured:
+    """A prompt that takes over a minute: nothing is heard of its call meanwhile, and nothing is wrong with it."""
+    seconds, tokens_per_s = ground.seconds(65), 20
+    async with fleet(ground.folder, *THREE, flags=("--prefill-tps", str(tokens_per_s), "--step-ms", "10")) as mesh:
+        before = (await mesh.metrics()).get("infermesh_gateway_ejections_total", 0)
+        prompt = " ".join(f"word{number}" for number in range(round(seconds * tokens_per_s)))
+        async with streams(mesh.client, 3, tokens=10, pause_s=1.0) as load:
+            asked = asyncio.create_task(ask(mesh.client, Told(5, time.monotonic()), prompt, timeout=10 * seconds))
+            bad = 0
+            while not asked.done():
+                bad += any(state != "healthy" for state in (await mesh.states()).values())
+                await asyncio.sleep(0.5)
+        one = await asked
+        ejected = (await mesh.metrics()).get("infermesh_gateway_ejections_total", 0) - before
+        text = (
+            f"first token after {one.ttft_s:.0f} s: {one.error or 'whole'}, {one.served.attempts} attempt; {ejected:g} "
+            f"ejections, {bad} times one seen out of work; others: {load}"
+        )
+        fine = one.ok and one.ttft_s >= min(60.0, seconds) and one.served.attempts == 1
+        return Measured(fine and not ejected and not bad and not load.failures, text)
 
 
 async def slower(ground: Ground) -> Measured:
@@ -200,4 +222,5 @@ ROWS = (
         11, "all instances fail", "at most 1.2 attempts a request, 5xx with retry-after, back by itself", all_fail, 180
     ),
     Row(16, "warm-up not finished", "not listed, or no work, until it serves", warming_up),
+    Row(71, "a call silent for 60 s: a long prompt", "goes on where it is, 0 out of work, 0 failed", long_prompt, 300),
 )
