@@ -68,23 +68,29 @@ async def killed_before_first_token(ground: Ground) -> Measured:
 
 
 async def killed_mid_stream(ground: Ground) -> Measured:
-    """64 streams on three instances; one is killed at a random moment, and comes back, again and again."""
+    """64 streams on three instances; one is killed at a random moment, and comes back, again and again. A new fleet
+    after each five: ejections last longer from life to life."""
     draw = random.Random(3)
-    async with fleet(ground.folder, *THREE) as mesh:
-        async with streams(mesh.client, 64) as load:
-            await asyncio.sleep(6)
-            calm = quantile((told.seconds for told in load.done), 0.99)
-            kills: list[tuple[float, list[Told]]] = []
-            for _ in range(ground.runs(5)):
-                await asyncio.sleep(draw.uniform(0.5, 2.0))
-                at = time.monotonic()
-                victim = draw.choice([id for id in THREE if load.on(id, at)])
-                hurt = load.on(victim, at)
-                mesh.llms[victim].kill()
-                kills.append((at, hurt))
-                mesh.again(victim)
-                await mesh.healthy(within_s=90)  # repeated kills: as long as an ejection may last
-        return _pauses(load, kills, calm, 0.5)
+    kills: list[tuple[float, list[Told]]] = []
+    calm, all_of_them = 0.0, Load()
+    while (left := ground.runs(5) - len(kills)) > 0:
+        folder = ground.folder / str(len(kills))
+        folder.mkdir()
+        async with fleet(folder, *THREE) as mesh:
+            async with streams(mesh.client, 64) as load:
+                await asyncio.sleep(6)
+                calm = calm or quantile((told.seconds for told in load.done), 0.99)
+                for _ in range(min(5, left)):
+                    await asyncio.sleep(draw.uniform(0.5, 2.0))
+                    at = time.monotonic()
+                    victim = draw.choice([id for id in THREE if load.on(id, at)])
+                    hurt = load.on(victim, at)
+                    mesh.llms[victim].kill()
+                    kills.append((at, hurt))
+                    mesh.again(victim)
+                    await mesh.healthy(within_s=90)  # repeated kills: as long as an ejection may last
+            all_of_them.all += load.all
+    return _pauses(all_of_them, kills, calm, 0.5)
 
 
 def _pauses(load: Load, faults: list[tuple[float, list[Told]]], calm_s: float, most_s: float) -> Measured:
