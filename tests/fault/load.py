@@ -54,8 +54,9 @@ class Told:
         return self.began < moment and (not self.ended or self.ended > moment)
 
     def next_after(self, moment: float) -> float:
-        """Seconds from a moment to the next event; infinite if none came."""
-        return next((at - moment for at in self.at if at > moment), math.inf)
+        """Seconds from a moment to the next token, or to a good end where all had come; infinite if neither did."""
+        good_end = [self.ended] if self.ok else []
+        return next((at - moment for at in [*self.at, *good_end] if at > moment), math.inf)
 
 
 @dataclass
