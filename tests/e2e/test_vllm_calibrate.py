@@ -35,6 +35,17 @@ async def verb(*words: str, code: int = 0) -> str:
     return out.decode()
 
 
+async def undisturbed(*words: str) -> str:
+    """As an operator would: what other work disturbed is refused, and measured again."""
+    for _ in range(2):
+        try:
+            return await verb(*words)
+        except AssertionError as refused:
+            if "was disturbed" not in str(refused):
+                raise
+    return await verb(*words)
+
+
 async def test_true_weights_pass_tampered_ones_do_not_and_a_speed_is_found(tiny_model: Path, tmp_path: Path) -> None:
     tampered = tmp_path / "tampered"
     shutil.copytree(tiny_model, tampered)
@@ -59,7 +70,7 @@ async def test_true_weights_pass_tampered_ones_do_not_and_a_speed_is_found(tiny_
                     assert said["unexplained"] == 0
                     file = tmp_path / "calibration.yaml"
                     words = ("calibrate", "llm-0", "--quick", "--json", "--calibration", str(file), *at)
-                    found = json.loads(await verb(*words))
+                    found = json.loads(await undisturbed(*words))
                     assert found["adopted"] and file.exists() and len(found["held_out"]) == 2
                     assert found["speed"]["prefill_tps"] > 100 and found["speed"]["step_ms"] > 0.05
             finally:
