@@ -98,6 +98,8 @@ TABLE: dict[Reason, Row] = {
     Reason.INTERNAL: Row(_S.INTERNAL, 500, "server_error", dispatched=True),
 }
 
+# grpc's word for streams that end with their connection; where that broke by bytes nobody can read, as INTERNAL.
+TAKEN_ALONG = "Stream removed"
 # What a bare gRPC status means when the other end did not send a reason (a proxy, the library itself, an older peer).
 _FROM_STATUS: dict[StatusCode, Reason] = {
     _S.INVALID_ARGUMENT: Reason.INVALID_ARGUMENT,
@@ -178,6 +180,8 @@ def from_status(status: StatusCode, details: str, trailers: Iterable[tuple[str, 
         reason = Reason(meta[REASON_KEY])
     except (KeyError, ValueError):
         reason = _FROM_STATUS.get(status, Reason.INTERNAL)
+        if status is _S.INTERNAL and details.startswith(TAKEN_ALONG):
+            reason = Reason.INSTANCE_LOST
     after = meta.get(RETRY_AFTER_KEY, "")
     error = MeshError(
         reason,
@@ -193,5 +197,13 @@ def from_rpc(error: RpcError) -> MeshError:
     """The same for the exception that grpc raises (both `grpc` and `grpc.aio`)."""
     code = getattr(error, "code", lambda: StatusCode.UNKNOWN)()
     details = getattr(error, "details", lambda: "")() or ""
-    trailers = getattr(error, "trailing_metadata", lambda: ())() or ()
-    return from_status(code, details, [(item[0], item[1]) for item in trailers])
+    return from_status(code, details, _trailers(error))
+
+
+def spoken(error: RpcError) -> bool:
+    """Did the other end name the reason? Otherwise the status is the grpc library's own, or a proxy's."""
+    return any(key == REASON_KEY for key, _ in _trailers(error))
+
+
+def _trailers(error: RpcError) -> list[tuple[str, str | bytes]]:
+    return [(item[0], item[1]) for item in getattr(error, "trailing_metadata", lambda: ())() or ()]

@@ -113,7 +113,7 @@ def _measure(
                 remark(f"{message.progress:4.0%}  {message.step}")
                 last = message
         except grpc.RpcError as error:
-            raise as_error(error.code(), error.details() or "", error.trailing_metadata(), [address]) from None
+            raise as_error(error, [address]) from None
     host, _, port = address.rpartition(":")
     endpoint = from_metadata(told.instance_id, whom.kind, host.strip("[]"), int(port), told.metadata)
     if last is None or not last.speed or not isinstance(endpoint, Endpoint):

@@ -118,7 +118,7 @@ def _compare(
                 remark(f"prompt {number + 1} of {len(reference['prompts'])}")
                 asked.compare(number, prompt, agreement)
         except grpc.RpcError as error:
-            raise as_error(error.code(), error.details() or "", error.trailing_metadata(), [whom.address]) from None
+            raise as_error(error, [whom.address]) from None
     faults += agreement.faults(tolerance)
     drifts = agreement.drifts
     return {

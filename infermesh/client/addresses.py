@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from grpc import StatusCode
+from grpc import RpcError, StatusCode
 
-from infermesh.errors import REASON_KEY, MeshError, Reason, from_status
+from infermesh.errors import MeshError, Reason, from_rpc, spoken
 
 DEFAULT = "127.0.0.1:50050"
 TLS = "grpcs://"
@@ -50,12 +49,12 @@ class Rotation:
         self._current = index
 
 
-def try_next(code: StatusCode, trailers: Iterable[tuple[str, str | bytes]]) -> bool:
+def try_next(error: RpcError) -> bool:
     """May another gateway be asked? Yes when this one was not reached or is leaving, while nothing has been received:
     a gateway that did answer has tried the instances already.
     """
-    reason = dict(trailers).get(REASON_KEY)
-    return reason == Reason.DRAINING or (reason is None and code is StatusCode.UNAVAILABLE)
+    reason = from_rpc(error).reason
+    return reason is (Reason.DRAINING if spoken(error) else Reason.INSTANCE_LOST)
 
 
 HEALTH = "/grpc.health.v1.Health/Check"  # asked and answered as bytes: its stubs are in a package that we do not need
@@ -64,19 +63,25 @@ PROBE_S = 2.0
 AWAY = (StatusCode.UNAVAILABLE, StatusCode.DEADLINE_EXCEEDED)
 
 
-def as_error(code: StatusCode, details: str, trailers: Any, addresses: Sequence[str], *, got: str = "") -> MeshError:
+def as_error(error: RpcError, addresses: Sequence[str], *, got: str = "") -> MeshError:
     """What the caller is told of a failed call. `got`: how much of the answer had come, empty = nothing."""
-    pairs = [(item[0], item[1]) for item in trailers or ()]
-    if code is StatusCode.UNAVAILABLE and REASON_KEY not in dict(pairs):
+    meant = from_rpc(error)
+    if spoken(error):
+        return meant
+    if meant.reason is Reason.INSTANCE_LOST:
         if got:
-            return MeshError(Reason.STREAM_LOST, f"the connection to the gateway broke after {got}: {details}")
-        where = ", ".join(addresses)
-        return MeshError(Reason.NO_INSTANCE, f"no gateway answers at {where}: {details}; `infermesh up` starts one")
-    if code is StatusCode.DEADLINE_EXCEEDED and REASON_KEY not in dict(pairs):
+            return MeshError(Reason.STREAM_LOST, f"the connection to the gateway broke after {got}: {meant.message}")
+        return unreachable(addresses, meant.message)
+    if meant.reason is Reason.DEADLINE_EXCEEDED:
         so_far = f"only {got} came" if got else "no answer came"
         why = f"{so_far} within the time limit; give it more (--timeout, or the client's `timeout`), or ask for less"
         return MeshError(Reason.DEADLINE_EXCEEDED, why)
-    return from_status(code, details, pairs)
+    return meant
+
+
+def unreachable(addresses: Sequence[str], why: str) -> MeshError:
+    where = ", ".join(addresses)
+    return MeshError(Reason.NO_INSTANCE, f"no gateway answers at {where}: {why}; `infermesh up` starts one")
 
 
 def metadata(api_key: str, extra: Sequence[tuple[str, str]] = ()) -> tuple[tuple[str, str], ...]:

@@ -54,8 +54,7 @@ class AsyncCalls:
         return self.timeout if timeout is None else timeout
 
     def _error(self, error: grpc.aio.AioRpcError, *, got: str = "") -> Exception:
-        details = error.details() or ""
-        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, got=got)
+        return where.as_error(error, self.addresses, got=got)
 
     async def _unary(
         self, method: Callable[[grpc.aio.Channel], Any], request: Any, timeout: float | None
@@ -69,7 +68,7 @@ class AsyncCalls:
             try:
                 reply = await call
             except grpc.aio.AioRpcError as error:
-                if index != order[-1] and where.try_next(error.code(), pairs(error.trailing_metadata())):
+                if index != order[-1] and where.try_next(error):
                     continue
                 raise self._error(error) from None
             self._rotation.answered(index)
@@ -104,7 +103,7 @@ class AsyncCalls:
                 return
             except grpc.aio.AioRpcError as error:
                 again = (whole or not begun) and index != order[-1]
-                if again and where.try_next(error.code(), pairs(error.trailing_metadata())):
+                if again and where.try_next(error):
                     continue
                 raise self._error(error, got=answer.got if begun else "") from None
             finally:
@@ -134,7 +133,7 @@ class AsyncCalls:
                     continue
             self._rotation.answered(index)
             return index
-        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses)
+        raise where.unreachable(self.addresses, "no connection")
 
 
 def pairs(metadata: Any) -> list[tuple[str, str | bytes]]:

@@ -127,7 +127,7 @@ class AsyncDirectClient(AsyncClient):
         return self._lines[key]
 
     def _failed(self, picked: ms.PickResponse, error: grpc.aio.AioRpcError, *, got: str = "") -> MeshError:
-        failure = direct.as_error(picked, error.code(), error.details() or "", error.trailing_metadata(), got=got)
+        failure = direct.as_error(picked, error, got=got)
         if failure.reason in direct.BROKEN:  # whoever comes to this address later is dialled anew
             self._lines.pop(direct.line(picked), None)
         return failure

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from grpc import StatusCode
+from grpc import RpcError
 
 from infermesh.client.results import Served
-from infermesh.errors import REASON_KEY, TABLE, MeshError, Reason, from_status
+from infermesh.errors import TABLE, MeshError, Reason, from_rpc, spoken
 from infermesh.transport import Trust
 from infermesh.v1 import embedding_pb2 as em
 from infermesh.v1 import language_model_pb2 as lm
@@ -63,21 +63,19 @@ def _features(request: Any) -> list[str]:
     return found
 
 
-def as_error(picked: ms.PickResponse, code: StatusCode, details: str, trailers: Any, *, got: str = "") -> MeshError:
+def as_error(picked: ms.PickResponse, error: RpcError, *, got: str = "") -> MeshError:
     """What a failed call of an instance means. `got`: how much of the answer had come, empty = nothing."""
-    pairs = [(item[0], item[1]) for item in trailers or ()]
-    error = from_status(code, details, pairs)
-    spoken = REASON_KEY in dict(pairs)
-    if not spoken and code is StatusCode.RESOURCE_EXHAUSTED:  # the library's own: no instance takes such a message
-        error = MeshError(Reason.REQUEST_TOO_LARGE, details)
-    elif not spoken and code is StatusCode.UNAVAILABLE:
+    meant = from_rpc(error)
+    if not spoken(error) and meant.reason is Reason.INSTANCE_FULL:  # the library's own: no instance takes it
+        meant = MeshError(Reason.REQUEST_TOO_LARGE, meant.message)
+    elif not spoken(error) and meant.reason is Reason.INSTANCE_LOST:
         where = f"{picked.instance_id or 'the instance'} at {picked.address}"
         if got:
-            error = MeshError(Reason.STREAM_LOST, f"the connection to {where} broke after {got}: {details}")
+            meant = MeshError(Reason.STREAM_LOST, f"the connection to {where} broke after {got}: {meant.message}")
         else:
-            error = MeshError(Reason.INSTANCE_LOST, f"{where} cannot be reached: {details}")
-    error.instance_id = error.instance_id or picked.instance_id
-    return error
+            meant = MeshError(Reason.INSTANCE_LOST, f"{where} cannot be reached: {meant.message}")
+    meant.instance_id = meant.instance_id or picked.instance_id
+    return meant
 
 
 class Tries:

@@ -58,8 +58,7 @@ class Calls:
         return self.timeout if timeout is None else timeout
 
     def _error(self, error: Any, *, got: str = "") -> Exception:
-        details = error.details() or ""
-        return where.as_error(error.code(), details, error.trailing_metadata(), self.addresses, got=got)
+        return where.as_error(error, self.addresses, got=got)
 
     def _unary(self, method: Callable[[grpc.Channel], Any], request: Any, timeout: float | None) -> tuple[Any, Served]:
         seconds = self._seconds(timeout)
@@ -71,7 +70,7 @@ class Calls:
                 reply, call = method(self._channel(index)).with_call(request, timeout=left, metadata=self._metadata)
             except grpc.RpcError as failed:
                 error: Any = failed
-                if index != order[-1] and where.try_next(error.code(), pairs(error.trailing_metadata())):
+                if index != order[-1] and where.try_next(error):
                     continue
                 raise self._error(error) from None
             self._rotation.answered(index)
@@ -107,7 +106,7 @@ class Calls:
             except grpc.RpcError as failed:
                 error: Any = failed
                 again = (whole or not begun) and index != order[-1]
-                if again and where.try_next(error.code(), pairs(error.trailing_metadata())):
+                if again and where.try_next(error):
                     continue
                 raise self._error(error, got=answer.got if begun else "") from None
             finally:
@@ -138,7 +137,7 @@ class Calls:
                     continue
             self._rotation.answered(index)
             return index
-        raise where.as_error(grpc.StatusCode.UNAVAILABLE, "no connection", (), self.addresses)
+        raise where.unreachable(self.addresses, "no connection")
 
 
 def pairs(metadata: Any) -> list[tuple[str, str | bytes]]:

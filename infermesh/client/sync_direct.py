@@ -122,7 +122,7 @@ class DirectClient(Client):
             return self._lines[key]
 
     def _failed(self, picked: ms.PickResponse, error: Any, *, got: str = "") -> MeshError:
-        failure = direct.as_error(picked, error.code(), error.details() or "", error.trailing_metadata(), got=got)
+        failure = direct.as_error(picked, error, got=got)
         if failure.reason in direct.BROKEN:  # whoever comes to this address later is dialled anew
             with self._lock:
                 self._lines.pop(direct.line(picked), None)

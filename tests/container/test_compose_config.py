@@ -12,7 +12,7 @@ import yaml
 
 from deploy.render.compose import compose
 from deploy.render.shipped import shipped_files
-from tests.kit.debian import NoProgram, unpacked
+from tests.kit.debian import NoProgram, not_here, unpacked
 from tests.kit.rendering import SITE, example
 
 
@@ -22,7 +22,7 @@ def program() -> Path:
     try:
         root = unpacked("compose", ["docker-compose"], suite="trixie")
     except NoProgram as why:
-        pytest.skip(str(why))
+        not_here(why)
     return root / "usr" / "libexec" / "docker" / "cli-plugins" / "docker-compose"
 
 

@@ -12,7 +12,7 @@ import yaml
 
 from deploy.render.shipped import shipped_files
 from infermesh.client import AsyncClient
-from tests.kit.debian import NoProgram
+from tests.kit.debian import NoProgram, not_here
 from tests.kit.mesh import running_mesh, until
 from tests.kit.prometheus import Prometheus, prometheus_binary, running_prometheus
 
@@ -46,7 +46,7 @@ async def test_every_panel_has_data_and_every_alert_evaluates(tmp_path: Path) ->
     try:
         prometheus_binary()
     except NoProgram as why:
-        pytest.skip(str(why))
+        not_here(why)
     async with running_mesh(tmp_path, {"a": SPEED, "b": SPEED}, http="127.0.0.1:0") as mesh:
         with running_prometheus(tmp_path, configuration(tmp_path, mesh.http)) as prometheus:
             await until(lambda: scraped(prometheus), 30)

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trustme
 import yaml
 
@@ -22,7 +21,7 @@ from deploy.render.compose import compose
 from deploy.render.shipped import shipped_files
 from infermesh.client import AsyncClient, MeshError
 from tests.kit.children import ROOT, Children, environment, infermesh
-from tests.kit.debian import NoProgram
+from tests.kit.debian import NoProgram, not_here
 from tests.kit.mesh import until
 from tests.kit.prometheus import Prometheus, prometheus_binary, running_prometheus
 from tests.kit.rendering import SITE
@@ -128,7 +127,7 @@ async def test_the_rendered_lines_serve_over_tls(tmp_path: Path) -> None:
         try:
             prometheus_binary()
         except NoProgram as why:
-            pytest.skip(f"the scrape: {why}")
+            not_here(f"the scrape: {why}")
         with running_prometheus(tmp_path, project.prometheus()) as prometheus:
             await until(lambda: scraped(prometheus), 60)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import pytest
 from playwright.sync_api import sync_playwright
+
+from tests.kit.debian import not_here
 
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 # What a headless browser needs not do: sandboxes want a setuid helper, and its own calls home want a network.
@@ -23,7 +23,7 @@ def chromium() -> str:
     """Its path; without one the test is skipped, but fails where CI promises one."""
     found = next((path for name in NAMES if (path := shutil.which(name))), None)
     if found is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("no Chromium on PATH: apt-get install chromium")
+        not_here("no Chromium on PATH: apt-get install chromium")
     return str(found)
 
 

@@ -6,17 +6,19 @@ from typing import Any
 
 import grpc
 import pytest
+from grpc.aio import AioRpcError
 
 from infermesh.client import requests
 from infermesh.client.direct import PICKS, Tries, as_error, pick_request, report, trusted
 from infermesh.client.results import Served
-from infermesh.errors import REASON_KEY, MeshError, Reason
+from infermesh.errors import MeshError, Reason
 from infermesh.transport import Trust
 from infermesh.v1 import inference_pb2 as inf
 from infermesh.v1 import mesh_pb2 as ms
 from services.gateway.front.direct import wanted
 from services.gateway.upstream.calls import Caller, Method
 from services.gateway.upstream.describe import describe
+from tests.kit.failures import CORRUPTED, failed
 
 PICKED = ms.PickResponse(lease_id="l", instance_id="a", address="10.0.0.1:5", degraded_from="big")
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
@@ -52,10 +54,10 @@ def test_routing_hears_of_it_what_it_would_have_seen(method: Method, request_: A
 
 def test_it_is_picked_again_only_where_another_instance_may_answer() -> None:
     tries = Tries()
-    lost = as_error(PICKED, grpc.StatusCode.UNAVAILABLE, "refused", ())
+    lost = as_error(PICKED, failed(grpc.StatusCode.UNAVAILABLE, "refused"))
     assert lost.reason is Reason.INSTANCE_LOST and "a at 10.0.0.1:5 cannot be reached" in str(lost)
     assert tries.again(PICKED, lost, begun=False) and tries.avoid == ["10.0.0.1:5"]
-    full = as_error(PICKED, grpc.StatusCode.RESOURCE_EXHAUSTED, "full", ((REASON_KEY, "instance_full"),))
+    full = as_error(PICKED, failed(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", "instance_full"))
     assert tries.again(PICKED, full, begun=False) and len(tries.avoid) == 1, "it may have room again"
     assert tries.served(Served(), PICKED) == Served(attempts=3, degraded="big")
     assert not tries.again(PICKED, lost, begun=False) and tries.count == PICKS
@@ -64,17 +66,18 @@ def test_it_is_picked_again_only_where_another_instance_may_answer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "spoken", "got", "reason"),
+    ("raised", "got", "reason"),
     [
-        (grpc.StatusCode.UNAVAILABLE, (), "3 tokens", Reason.STREAM_LOST),
-        (grpc.StatusCode.RESOURCE_EXHAUSTED, (), "", Reason.REQUEST_TOO_LARGE),
-        (grpc.StatusCode.INVALID_ARGUMENT, ((REASON_KEY, "unsupported"),), "", Reason.UNSUPPORTED),
-        (grpc.StatusCode.UNAUTHENTICATED, ((REASON_KEY, "unauthenticated"),), "", Reason.UNAUTHENTICATED),
-        (grpc.StatusCode.DEADLINE_EXCEEDED, (), "", Reason.DEADLINE_EXCEEDED),
+        (failed(grpc.StatusCode.UNAVAILABLE), "3 tokens", Reason.STREAM_LOST),
+        (failed(grpc.StatusCode.INTERNAL, CORRUPTED), "3 tokens", Reason.STREAM_LOST),
+        (failed(grpc.StatusCode.RESOURCE_EXHAUSTED), "", Reason.REQUEST_TOO_LARGE),
+        (failed(grpc.StatusCode.INVALID_ARGUMENT, "said", "unsupported"), "", Reason.UNSUPPORTED),
+        (failed(grpc.StatusCode.UNAUTHENTICATED, "said", "unauthenticated"), "", Reason.UNAUTHENTICATED),
+        (failed(grpc.StatusCode.DEADLINE_EXCEEDED), "", Reason.DEADLINE_EXCEEDED),
     ],
 )
-def test_what_no_other_instance_mends_is_told_at_once(code: Any, spoken: Any, got: str, reason: Reason) -> None:
-    error = as_error(PICKED, code, "said", spoken, got=got)
+def test_what_no_other_instance_mends_is_told_at_once(raised: AioRpcError, got: str, reason: Reason) -> None:
+    error = as_error(PICKED, raised, got=got)
     assert error.reason is reason and error.instance_id == "a"
     assert not Tries().again(PICKED, error, begun=False)
 

@@ -4,6 +4,7 @@ import pytest
 
 from infermesh.errors import TABLE, MeshError, Reason, from_rpc, from_status, to_trailers
 from services.chassis.rpc import abort, details
+from tests.kit.failures import CORRUPTED, failed
 
 
 def test_every_reason_has_a_row():
@@ -34,6 +35,11 @@ def test_a_bare_status_has_a_meaning(status, reason, http):
     error = from_status(status, "")
     assert error.reason is reason
     assert error.row.http == http
+
+
+def test_a_connection_that_broke_by_unreadable_bytes_is_no_fault_of_a_server():
+    assert from_rpc(failed(grpc.StatusCode.INTERNAL, CORRUPTED)).reason is Reason.INSTANCE_LOST
+    assert from_rpc(failed(grpc.StatusCode.INTERNAL, CORRUPTED, "internal")).reason is Reason.INTERNAL
 
 
 def test_an_unknown_reason_of_a_newer_peer_falls_back_to_the_status():

@@ -6,30 +6,29 @@ import grpc
 import pytest
 from grpc.aio import AioRpcError, Metadata
 
-from infermesh.errors import RETRY_AFTER_KEY, MeshError, Reason, from_status, to_trailers
+from infermesh.errors import RETRY_AFTER_KEY, Reason, from_status
 from services.gateway.upstream.failures import as_failure, exact_prompt_tokens
+from tests.kit.failures import CORRUPTED, failed
 
 INTERNAL = grpc.StatusCode.INTERNAL
-BROKEN = "Stream removed (Unwrap failed (TSI_DATA_CORRUPTED))"
 
 
 @pytest.mark.parametrize(
     ("code", "details", "reason"),
     [
-        (INTERNAL, BROKEN, Reason.INSTANCE_LOST),
+        (INTERNAL, CORRUPTED, Reason.INSTANCE_LOST),
         (grpc.StatusCode.UNAVAILABLE, "Socket closed", Reason.INSTANCE_LOST),
         (INTERNAL, "Exception deserializing response!", Reason.INTERNAL),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "message larger than max", Reason.REQUEST_TOO_LARGE),
     ],
 )
 def test_what_grpc_says_itself(code: grpc.StatusCode, details: str, reason: Reason) -> None:
-    assert as_failure(AioRpcError(code, Metadata(), Metadata(), details)).reason is reason
+    assert as_failure(failed(code, details)).reason is reason
 
 
 @pytest.mark.parametrize("reason", [Reason.INTERNAL, Reason.INSTANCE_FULL, Reason.ENGINE_FAILED])
 def test_what_an_instance_says_counts_as_it_was_meant(reason: Reason) -> None:
-    trailers = Metadata(*to_trailers(MeshError(reason, BROKEN)))
-    assert as_failure(AioRpcError(INTERNAL, Metadata(), trailers, BROKEN)).reason is reason
+    assert as_failure(failed(INTERNAL, CORRUPTED, reason)).reason is reason
 
 
 def test_digits_that_are_no_numbers_are_no_counts() -> None:

@@ -8,7 +8,7 @@ import re
 import grpc.aio
 from google.protobuf.message import DecodeError
 
-from infermesh.errors import REASON_KEY, MeshError, Reason, from_rpc
+from infermesh.errors import MeshError, Reason, from_rpc, spoken
 from services.chassis.rpc import as_mesh_error
 from services.gateway.report import OK
 from services.gateway.routing import failover
@@ -16,8 +16,6 @@ from services.gateway.routing.decision import Refuse
 from services.gateway.routing.facts import End
 
 PROMPT_TOKENS_KEY = "x-infermesh-prompt-tokens"
-# grpc's word for streams that end with their connection; where that broke by bytes nobody can read, as INTERNAL.
-TAKEN_ALONG = "Stream removed"
 _COUNT = re.compile(r"\d+")
 
 
@@ -33,14 +31,9 @@ def as_failure(error: BaseException) -> MeshError:
     """The failure of an attempt as a typed error."""
     if isinstance(error, grpc.aio.AioRpcError):
         failure = from_rpc(error)
-        spoken = REASON_KEY in {key for key, _ in error.trailing_metadata() or ()}
-        if spoken:
-            return failure
-        if failure.reason is Reason.INSTANCE_FULL:
+        if failure.reason is Reason.INSTANCE_FULL and not spoken(error):
             # The library's own RESOURCE_EXHAUSTED: a message over its limit. No other instance would take it either.
             return MeshError(Reason.REQUEST_TOO_LARGE, failure.message)
-        if failure.reason is Reason.INTERNAL and failure.message.startswith(TAKEN_ALONG):
-            return MeshError(Reason.INSTANCE_LOST, failure.message)
         return failure
     if isinstance(error, asyncio.CancelledError):
         return MeshError(Reason.INSTANCE_LOST, "the connection to the instance was closed")
