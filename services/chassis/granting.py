@@ -21,6 +21,7 @@ from services.chassis.fairness import FAIRNESS, LATE_S, SHALLOW, Holdings, Size,
 FEATURE = "grant"  # in both hellos: asks by Want, understands Grant
 DEPTH_S = 0.2  # prefill that an instance keeps queued: never empty, never deep
 GUESSED_DEPTH_S = 3.0  # where the speed is a guess, a shallow queue could leave a fast instance idle
+STEP_TOKENS = 2048  # of prompts, that one engine step computes together: vLLM's smaller default
 EXPIRY_S = 0.5  # a grant that no request has used by then is void: its gateway hangs, or has gone
 AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
 SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
@@ -29,9 +30,17 @@ US = 1_000_000
 
 def depth_s(endpoint: Endpoint) -> float:
     """Seconds of prefill that this instance keeps queued."""
-    speed = endpoint.speed
-    told = speed.prefill_tps if endpoint.kind == "llm" else speed.tokens_per_s
-    return GUESSED_DEPTH_S if told is None else DEPTH_S
+    return GUESSED_DEPTH_S if _told_tps(endpoint) is None else DEPTH_S
+
+
+def step_s(endpoint: Endpoint) -> float:
+    """Seconds of prompts that it computes together, with no word from them before all are done; 0 where unknown."""
+    told = _told_tps(endpoint)
+    return STEP_TOKENS / told if told else 0.0
+
+
+def _told_tps(endpoint: Endpoint) -> float | None:
+    return endpoint.speed.prefill_tps if endpoint.kind == "llm" else endpoint.speed.tokens_per_s
 
 
 class Want(NamedTuple):
@@ -88,10 +97,13 @@ Key = tuple[int, int, float, str]
 
 
 class Arbiter:
-    """`max_running` and `kv_tokens` 0: unknown, they bound nothing."""
+    """`max_running` and `kv_tokens` 0: unknown, they bound nothing. `step_s`: seconds of prompts that are computed
+    together."""
 
-    def __init__(self, depth_s: float = GUESSED_DEPTH_S, max_running: int = 0, kv_tokens: int = 0) -> None:
-        self.resize(depth_s, max_running, kv_tokens)
+    def __init__(
+        self, depth_s: float = GUESSED_DEPTH_S, max_running: int = 0, kv_tokens: int = 0, step_s: float = 0.0
+    ) -> None:
+        self.resize(depth_s, max_running, kv_tokens, step_s)
         self._linked: dict[str, int] = {}  # gateway -> its Links; a new one may overlap the old
         self._wants: dict[str, tuple[Key, Want]] = {}
         self._lines: dict[str, Want] = {}  # the last word of each gateway on who waits there
@@ -109,9 +121,10 @@ class Arbiter:
         self._turns = Turns()
         self._holdings = Holdings()
 
-    def resize(self, depth_s: float, max_running: int, kv_tokens: int) -> None:
+    def resize(self, depth_s: float, max_running: int, kv_tokens: int, step_s: float = 0.0) -> None:
         """What is known of the instance now."""
         self._depth_us = round(depth_s * US)
+        self._step_us = round(step_s * US)
         self._max_running = max_running
         self._kv_tokens = kv_tokens
         self._whole = Size(max_running, kv_tokens)
@@ -255,10 +268,18 @@ class Arbiter:
         self._computing = bool(running)
 
     def wait_us(self, now: float) -> int:
-        """Prompts queued, less what the head of them has done since it began, and what is granted."""
-        head = next(iter(self._pending.values())).work_us if self._pending else 0
-        done = min(max(0, round((now - self._since) * US)), head)
+        """Prompts queued, less what the first step of them has done since it began, and what is granted."""
+        done = min(max(0, round((now - self._since) * US)), self._head_us())
         return self._work_us - done + self._granted_us
+
+    def _head_us(self) -> int:
+        """Work of the oldest prompts that fit into one step: they progress together, and end together."""
+        head = 0
+        for booked in self._pending.values():
+            if head and head + booked.work_us > self._step_us:
+                break
+            head += booked.work_us
+        return head
 
     def due(self, now: float) -> float | None:
         """When time alone will have made room, or ended a grant. None: only an event can."""
@@ -267,8 +288,7 @@ class Arbiter:
             at = max(self._next.values(), default=now)
             excess = self._work_us + self._granted_us - self._depth_us
             if excess > 0:
-                head = next(iter(self._pending.values())).work_us if self._pending else 0
-                at = max(at, self._since + (excess + 1) / US) if excess <= head else now
+                at = max(at, self._since + (excess + 1) / US) if excess <= self._head_us() else now
             if at > now:
                 found.append(at)
         return min(found, default=None)

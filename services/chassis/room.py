@@ -12,7 +12,7 @@ from infermesh.errors import MeshError, Reason
 from infermesh.v1 import worker_pb2 as wk
 from infermesh.v1.inference_pb2 import Relay
 from registry.endpoint import Endpoint
-from services.chassis.granting import EXPIRY_S, US, Arbiter, Want, depth_s
+from services.chassis.granting import EXPIRY_S, US, Arbiter, Want, depth_s, step_s
 
 POLL_S = 0.1  # how often the engine is asked for KV room while requests wait for it
 GUESSED_TPS = 2000.0  # prefill of a middling card, for requests that came without a gateway's estimate
@@ -40,7 +40,7 @@ class Room:
     def fit(self, endpoint: Endpoint, load: Callable[[], wk.Load]) -> None:
         """What the instance is, once that is known, and where the engine speaks."""
         capacity, speed = endpoint.capacity, endpoint.speed
-        self.arbiter.resize(depth_s(endpoint), capacity.max_running, capacity.kv_tokens)
+        self.arbiter.resize(depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint))
         self._tps = (speed.prefill_tps if endpoint.kind == "llm" else speed.tokens_per_s) or GUESSED_TPS
         self._load = load
 

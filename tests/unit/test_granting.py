@@ -32,6 +32,21 @@ def test_the_best_of_all_gateways_is_granted_and_the_queue_stays_shallow() -> No
     assert room.grants(due) == [Grant("a", 1)]
 
 
+def test_prompts_that_one_step_computes_make_room_together() -> None:
+    room = Arbiter(0.2, step_s=0.5)
+    room.joined("a")
+    numbers = [room.arrive("a", 0.0, S // 4)[0] for _ in range(3)]
+    room.want("a", Want(1, S // 4), 0.0)
+    assert room.grants(0.0) == [] and room.wait_us(0.3) == pytest.approx(0.45 * S)
+    assert room.wait_us(9.0) == S // 4, "the third does not fit into the first step"
+    assert room.due(9.0) is None and room.grants(9.0) == [], "only the end of that step can make room"
+    for number in numbers[:2]:
+        room.started(number, 9.0)
+    due = room.due(9.0)
+    assert due == pytest.approx(9.05, abs=1e-3), "when 0.2 s are left"
+    assert room.grants(due) == [Grant("a", 1)]
+
+
 def test_rank_goes_before_priority_before_work_and_age_counts_at_a_discount() -> None:
     for better, worse in (
         (Want(1, 9 * S, rank=0), Want(1, S, rank=1)),

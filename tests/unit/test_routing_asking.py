@@ -95,3 +95,22 @@ def test_instances_that_do_not_grant_or_have_one_gateway_are_served_as_ever() ->
         assert r.asks(OLD) == []
         (sent,) = hear(r, "a", 1)
         assert isinstance(sent, Dispatch) and sent.ticket == ticket and not sent.lease.grant
+
+
+def test_a_prompt_that_another_gateway_had_computed_makes_those_who_wait_with_it_short_work() -> None:
+    r = shared("a", "b", foreign_us=90_000_000)
+    hear(r, "a", foreign_us=10_000_000)
+    document = {"chain": (1, 2, 3, 4), "chain_share": 0.25}
+    short, long = waits(r, prompt_tokens=3000), waits(r, prompt_tokens=4000, **document)
+    (ask,) = r.asks(OLD)
+    assert (ask.instance_id, ask.want.ticket) == ("a", short)
+    r.cached("b", 1, (1, 2, 3, 4), ())
+    assert r.asks(OLD + 1) == [], "it does not wait there"
+    r.cached("a", 1, (1,), ())
+    r.cached("a", 1, (7, 2, 3), ())
+    (ask,) = r.asks(OLD + 1)
+    assert (ask.instance_id, ask.want.ticket) == ("a", long)
+    assert ask.want.work_us < 1_500_000, "a thousand tokens are left"
+    for ticket in (short, long):
+        r.cancel(ticket, OLD + 1)
+    assert not r._desk.queue.lacking and not r._desk.queue.families

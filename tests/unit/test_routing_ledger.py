@@ -35,13 +35,25 @@ def test_reconciliation_counts_arrived_prompts_as_reported_and_the_wire_in_full(
 
 def test_the_head_of_the_line_never_progresses_beyond_its_own_end() -> None:
     ledger = Ledger()
-    ledger.reserve(1, Entry(prompt=100, work=US, output=10, slots=1, total=100), 0.0)
-    ledger.reserve(2, Entry(prompt=100, work=US, output=10, slots=1, total=100), 0.0)
+    ledger.reserve(1, Entry(prompt=2000, work=US, output=10, slots=1, total=2000), 0.0)
+    ledger.reserve(2, Entry(prompt=2000, work=US, output=10, slots=1, total=2000), 0.0)
     assert ledger.wait_s(0.25) == 1.75
     assert ledger.wait_s(9.0) == 1.0  # the engine is slower than thought: the second has not begun
     ledger.started(1, 9.0)
     assert ledger.wait_s(9.0) == 1.0
     assert ledger.wait_s(9.5) == 0.5
+
+
+def test_small_prompts_share_a_step_and_progress_together() -> None:
+    ledger = Ledger()
+    for seq in range(1, 4):
+        ledger.reserve(seq, Entry(prompt=700, work=US, output=10, slots=1, total=700), 0.0)
+    assert ledger.wait_s(1.5) == 1.5
+    assert ledger.wait_s(9.0) == 1.0  # two of 700 tokens fit into a step of 2,048, the third begins with the next
+    ledger.reserve(4, Entry(prompt=5000, work=US, output=10, slots=1, total=5000), 9.0)
+    ledger.started(1, 9.0)
+    ledger.started(2, 9.0)
+    assert ledger.wait_s(99.0) == 1.0
 
 
 def test_unknown_numbers_leave_what_is_known() -> None:

@@ -6,6 +6,7 @@ that would take it as things are; where nobody could take it yet, it is `unplace
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -43,6 +44,7 @@ class Queue:
     last_ticket: int = 0
     touched: set[str] = field(default_factory=set)  # instances whose line has changed since they were told
     families: dict[int, dict[int, Waiting]] = field(default_factory=dict)  # first block of a chain -> who waits with it
+    lacking: dict[int, dict[int, Waiting]] = field(default_factory=dict)  # first block that is not at home -> the same
 
     def next_ticket(self) -> int:
         self.last_ticket += 1
@@ -81,12 +83,18 @@ class Queue:
             instance.ledger.holdings.see(waiting.facts.tenant)
             self.homes[instance.id] = instance
             self.touched.add(instance.id)
+            waiting.lacked = waiting.lacks()
+            if waiting.lacked is not None:
+                self.lacking.setdefault(waiting.lacked, {})[waiting.ticket] = waiting
 
     def lift(self, waiting: Waiting) -> None:
         """Takes it out of its line; it keeps its ticket."""
         if not waiting.home:
             return
         instance = self.homes[waiting.home]
+        if waiting.lacked is not None:
+            _drop(self.lacking, waiting.lacked, waiting.ticket)
+            waiting.lacked = None
         instance.line.remove(waiting)
         self.touched.add(instance.id)
         if not instance.line.count:
@@ -102,10 +110,7 @@ class Queue:
         facts = waiting.facts
         lane, tenant = (facts.kind, facts.model), facts.tenant
         if facts.chain:
-            family = self.families[facts.chain[0]]
-            del family[ticket]
-            if not family:
-                del self.families[facts.chain[0]]
+            _drop(self.families, facts.chain[0], ticket)
         self.requests[lane] -= 1
         self.tokens[lane] -= waiting.tokens
         if not self.requests[lane]:
@@ -146,5 +151,17 @@ class Queue:
         """Some of those who wait with the same beginning."""
         return list(islice(self.families.get(facts.chain[0], {}).values(), FAMILY)) if facts.chain else []
 
+    def lack(self, blocks: Iterable[int]) -> list[Waiting]:
+        """Some of those who wait for an instance that did not have one of these yet, as the next of their prompt."""
+        lacking = self.lacking
+        found = (waiting for block in blocks if block in lacking for waiting in lacking[block].values())
+        return list(islice(found, FAMILY)) if lacking else []
+
     def expired(self, now: float, most: int) -> list[Waiting]:
         return list(islice((waiting for waiting in self.tickets.values() if now >= waiting.until), most))
+
+
+def _drop(index: dict[int, dict[int, Waiting]], block: int, ticket: int) -> None:
+    del index[block][ticket]
+    if not index[block]:
+        del index[block]

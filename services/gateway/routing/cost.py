@@ -6,6 +6,8 @@ Prefill is compute: n new tokens after m cached ones cost n / prefill_tps, and a
 
 from __future__ import annotations
 
+from services.chassis.granting import STEP_TOKENS
+
 # What stands for a number that nobody has told: a middling card. Never 0, never infinite.
 PRIOR_PREFILL_TPS = 2000.0
 PRIOR_DOUBLING_CTX = 50_000.0
@@ -14,7 +16,6 @@ PRIOR_KV_US_PER_KTOKEN = 30.0
 PRIOR_FIXED_MS = 5.0
 PRIOR_TOKENS_PER_S = 5000.0
 
-CHUNK_TOKENS = 2048  # prompt tokens that share an engine step with the decoding requests: vLLM's smaller default
 PRICE_PER_S = 1.0  # β: what a second of backlog adds to the price of a second of uncached work
 DECODE_SHARE = 0.02  # γ: what a second of anybody's decoding weighs beside a second before the first token
 RESERVED_AT_MOST = 0.9  # of an instance's time, for long prompts
@@ -32,7 +33,7 @@ def step_s(base_s: float, kv_s_per_token: float, resident: float) -> float:
 
 def interference(step: float, tps: float) -> float:
     """How much longer prefill takes on an engine that decodes beside it: each chunk's step carries a decode step."""
-    return 1.0 + step * tps / CHUNK_TOKENS
+    return 1.0 + step * tps / STEP_TOKENS
 
 
 def delayed_s(decoding: int, work: float, growth: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from infermesh.errors import Reason
@@ -17,6 +17,7 @@ from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
 from services.gateway.routing.groups import Groups
 from services.gateway.routing.ledger import US, Entry
+from services.gateway.routing.line import Waiting
 from services.gateway.routing.policy import Policy, may_serve, resolve
 from services.gateway.routing.pulse import Awake, Pulse
 from services.gateway.routing.split import Split
@@ -159,12 +160,21 @@ class Desk:
         for waiting in self.queue.relatives(sent):
             facts = waiting.facts
             share = min(1.0, shared_blocks(facts.chain, sent.chain) * facts.chain_share)
-            if share > waiting.held.get(id, 0.0):
-                waiting.held[id] = share
-                if waiting.home == id:
-                    instance = self.fleet.instances[id]
-                    self.queue.lift(waiting)
-                    self.queue.place(waiting, instance, *self.work(instance, facts, waiting.held))
+            self._finds(waiting, id, share)
+
+    def computed(self, id: str, blocks: Iterable[int]) -> None:
+        """The instance has these now, whichever gateway sent the prompt: those who wait for them will find them."""
+        for waiting in self.queue.lack(blocks):
+            self._finds(waiting, id, self.held(waiting.facts).get(id, 0.0))
+
+    def _finds(self, waiting: Waiting, id: str, share: float) -> None:
+        """So much of its prompt is on this instance. Where it waits for it, it is shorter work now."""
+        if share > waiting.held.get(id, 0.0):
+            waiting.held[id] = share
+            if waiting.home == id:
+                instance = self.fleet.instances[id]
+                self.queue.lift(waiting)
+                self.queue.place(waiting, instance, *self.work(instance, waiting.facts, waiting.held))
 
     def work(self, instance: Instance, facts: Facts, held: Mapping[str, float]) -> tuple[float, float]:
         """Seconds of the prompt there, with what is held now, and seconds that this saves."""

@@ -1,8 +1,8 @@
 """Work in flight on one instance: our own to the token, foreign work as the instance reports it.
 
 Load = the foreign part of the last report + our own ledger, never both. All sums are integers (tokens, microseconds),
-so that what was added is taken away exactly. An engine computes prompts one after the other; between two reports the
-head of that line is taken to progress with the clock, never beyond its own end.
+so that what was added is taken away exactly. An engine computes prompts one after the other, small ones several in a
+step; between two reports the first step of that line is taken to progress with the clock, never beyond its own end.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from services.chassis.fairness import Holdings, Size
+from services.chassis.granting import STEP_TOKENS
 from services.gateway.routing.facts import LoadReport
 from services.gateway.routing.pulse import Pulse
 
@@ -158,14 +159,16 @@ class Ledger:
         self.foreign_prompt = self.foreign_work = self.foreign_running = self.fresh = 0
 
     def wait_s(self, now: float) -> float:
-        """Seconds of prompts queued, less what the head of the line has done since it began."""
+        """Seconds of prompts queued, less what the first step of the line has done since it began."""
         left = self.own_work + self.foreign_work
         if not left:
             return 0.0
-        head = self.foreign_work
+        head, room = self.foreign_work, STEP_TOKENS
         for entry in self.pending.values():
+            if entry.prompt > room and room < STEP_TOKENS:
+                break
             head += entry.work
-            break
+            room -= entry.prompt
         done = (now - self.since) * US
         return max(0.0, (left - min(done, head) if done > 0 else left) / US)
 

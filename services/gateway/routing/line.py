@@ -49,6 +49,7 @@ class Waiting:
     degraded_from: str = ""
     looked: int = 0  # times it was asked whether the fallback would serve it sooner
     long: bool = False  # only the long-context tier could take it
+    lacked: int | None = None  # the first block of its prompt that was not at home when it was placed there
 
     def order(self, work: float, saved: float) -> Key:
         facts = self.facts
@@ -61,6 +62,14 @@ class Waiting:
         score = self.work - HASTE * self.saved + FAIRNESS * ahead + (LATE_S if self.late else 0.0)
         rank = -1 if self.facts.alike is not None else _CLASS_RANK.get(self.facts.klass, 1)  # somebody is reading along
         return rank, beyond, score, self.ticket
+
+    def lacks(self) -> int | None:
+        """The first block of its prompt that is not at home."""
+        facts = self.facts
+        if not facts.chain_share:
+            return None
+        found = round(self.held.get(self.home, 0.0) / facts.chain_share)
+        return facts.chain[found] if found < len(facts.chain) else None
 
     def yields_after(self) -> tuple[int, int, int]:
         """Who goes to a fallback first: the least looked at, then the least of the core, then the newest."""

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from infermesh.errors import Reason
 from registry.endpoint import Endpoint
-from services.chassis.granting import Arbiter, Grant, Want, depth_s
+from services.chassis.granting import Arbiter, Grant, Want, depth_s, step_s
 from services.gateway.routing.facts import LoadReport
 from services.gateway.simulator.encoder import EncoderEngine
 from services.gateway.simulator.engine import LlmEngine
@@ -22,7 +22,7 @@ class Door:
         self._arbiter: Arbiter | None = None
         if asking:
             capacity = endpoint.capacity
-            self._arbiter = Arbiter(depth_s(endpoint), capacity.max_running, capacity.kv_tokens)
+            self._arbiter = Arbiter(depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint))
             for gateway in range(asking):
                 self._arbiter.joined(str(gateway))
 

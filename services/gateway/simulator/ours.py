@@ -67,8 +67,7 @@ class RouterGateway:
 
     def cache(self, endpoint: Endpoint, stored: bool, chain: Sequence[int], now: float) -> list[Effect]:
         added, removed = (chain, ()) if stored else ((), chain)
-        self.router.cached(endpoint.id, endpoint.incarnation, added, removed)
-        return []
+        return self.router.cached(endpoint.id, endpoint.incarnation, added, removed)
 
     def tick(self, now: float) -> list[Effect]:
         return self.router.tick(now)
