@@ -92,10 +92,10 @@ def choose(
     for instance in passed:
         ledger, standing = instance.ledger, instance.line
         wait = ledger.wait_s(now)
-        if instance.contended:  # what it computes makes room for others
+        if instance.grants and instance.contended:  # what it computes makes room for others
             wait = max((ledger.own_work + ledger.foreign_work) * 1e-6, instance.rates.depth_s)
         crowd = instance.crowd() if ledger.foreign_running else 1.0
-        behind = standing.all_s * crowd if standing.all_count else 0.0
+        behind = standing.all_s * crowd if standing.count or standing.others_count else 0.0
         backlog += wait + behind
         loads.append((wait, crowd, behind))
     mean_backlog = backlog / len(passed)

@@ -126,7 +126,7 @@ class Instance:
         depth = self.rates.depth_s
         if tenant and wait > depth / SHALLOW and tenant in self.beyond(now):
             return False
-        if self.contended:
+        if self.grants and self.contended:
             return False  # it grants to the best of those who wait
         return wait <= depth and (crowd == 1.0 or self.ledger.own_work * crowd <= depth * US)
 
