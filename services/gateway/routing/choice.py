@@ -91,7 +91,7 @@ def choose(
     backlog = 0.0
     for instance in passed:
         ledger, standing = instance.ledger, instance.line
-        wait = ledger.wait_s(now)
+        wait = ledger.wait_s(now) if ledger.own_work or ledger.foreign_work else 0.0
         if instance.grants and instance.contended:  # what it computes makes room for others
             wait = max((ledger.own_work + ledger.foreign_work) * 1e-6, instance.rates.depth_s)
         crowd = instance.crowd() if ledger.foreign_running else 1.0
@@ -99,6 +99,7 @@ def choose(
         backlog += wait + behind
         loads.append((wait, crowd, behind))
     mean_backlog = backlog / len(passed)
+    slots, tenant = facts.slots, facts.tenant
     candidates: list[Candidate] = []
     details: list[tuple[float, float]] = []
     full: list[tuple[str, str]] = []
@@ -109,8 +110,8 @@ def choose(
         line = room = reserve = decode = step = 0.0
         asked = endpoint.id == granted
         if asked:
-            wait = min(wait, rates.depth_s / (SHALLOW if facts.tenant in instance.beyond(now) else 1))
-        slot = asked or not facts.slots or instance.has_slot(now, facts.tenant)
+            wait = min(wait, rates.depth_s / (SHALLOW if tenant in instance.beyond(now) else 1))
+        slot = asked or not slots or instance.has_slot(now, tenant)
         if not slot:
             full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
@@ -126,7 +127,7 @@ def choose(
             wide = endpoint.tier == "long-context" and not long
             if (running or not slot) and not asked:
                 kept = instance.reserve.kv_tokens(now, endpoint.capacity.kv_tokens) if wide else 0
-                kept += instance.kept(now, facts.tenant).tokens
+                kept += instance.kept(now, tenant).tokens
                 need = (prompt - cached + output) * crowd + kept
                 room = _room(instance, slot, need, crowd, cost.slot_wait_s(estimate.output, step, running), now)
             if wide:
@@ -136,8 +137,8 @@ def choose(
         if behind and not asked:
             line = instance.line.ahead_s(work) * crowd
         load = wait + behind
-        priced = work * cost.price(load if load < mean_backlog else mean_backlog)
-        opens = asks or (not room and instance.is_open(wait, crowd, now, facts.tenant))
+        priced = work * cost.price(load if load < mean_backlog else mean_backlog) if mean_backlog else work
+        opens = asks or (not room and instance.is_open(wait, crowd, now, tenant))
         ready = asked or (slot and opens)
         weight = rates.weight * instance.share * instance.pace.share
         total = (wait + line + room + priced + reserve + decode) / weight
@@ -195,11 +196,13 @@ def _cheapest(
     unknown block points (weighted rendezvous), so that gateways that share nothing send it to the same instance."""
     if len(candidates) == 1:
         return 0, "only_candidate"
-    lowest = min(candidate.cost_s for candidate in candidates)
-    best = [i for i, candidate in enumerate(candidates) if candidate.cost_s <= lowest * (1 + TIE)]
+    costs = [candidate.cost_s for candidate in candidates]
+    lowest = min(costs)
+    equal = lowest * (1 + TIE)
+    best = [i for i, each in enumerate(costs) if each <= equal]
     if facts.chain:
         limit = lowest + COLD_TIE * min(details[i][0] for i in best)
-        close = [i for i, candidate in enumerate(candidates) if candidate.cost_s <= limit and candidate.ready]
+        close = [i for i, each in enumerate(costs) if each <= limit and candidates[i].ready]
         if len(close) > 1:
             known = round(max(held.values(), default=0.0) / facts.chain_share) if facts.chain_share else 0
             key = rendezvous.cold_key(facts.chain, known)

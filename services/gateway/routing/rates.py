@@ -34,13 +34,11 @@ class Rates:
     slowness: float = 1.0
     step_slowness: float = 1.0
     sample_s: float = 0.0  # of a middling uncached prompt
+    depth_s: float = 0.0  # of prompts that are kept queued there
 
     def __post_init__(self) -> None:
         self.sample_s = self.prefill(SAMPLE_TOKENS) / self.weight
-
-    @property
-    def depth_s(self) -> float:
-        return DEPTH_S if self.told else GUESSED_DEPTH_S
+        self.depth_s = DEPTH_S if self.told else GUESSED_DEPTH_S
 
     def prefill(self, tokens: float, cached: float = 0.0) -> float:
         return self.fixed_s + self.slowness * cost.prefill_s(tokens, cached, self.tps, self.doubling_ctx)
