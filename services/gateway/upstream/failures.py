@@ -34,6 +34,8 @@ def as_failure(error: BaseException) -> MeshError:
         if failure.reason is Reason.INSTANCE_FULL and not spoken(error):
             # The library's own RESOURCE_EXHAUSTED: a message over its limit. No other instance would take it either.
             return MeshError(Reason.REQUEST_TOO_LARGE, failure.message)
+        if failure.reason is Reason.INSTANCE_LOST and not spoken(error):
+            return MeshError(Reason.INSTANCE_LOST, f"the connection to the instance broke: {failure.message}")
         return failure
     if isinstance(error, asyncio.CancelledError):
         return MeshError(Reason.INSTANCE_LOST, "the connection to the instance was closed")
