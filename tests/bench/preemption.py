@@ -1,4 +1,4 @@
-"""What engines could gain that put a long prompt aside for a shorter one: a bound, not a run of anything there is.
+"""What engines could gain that put a long prompt aside for a shorter one: an estimate, not a run of anything there is.
 
     python -m tests.bench.preemption --trace mooncake.jsonl [--limit 3000]       a minute of one core
 

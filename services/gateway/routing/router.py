@@ -202,14 +202,13 @@ class Router:
         *,
         snapshot: bool = False,
         epoch: int = 0,
-    ) -> list[Effect]:
+    ) -> None:
         """A cache frame: which blocks of prefix chains the instance holds, by its own word."""
         instance = self.fleet.instances.get(id)
         if instance is not None and instance.endpoint.incarnation == incarnation:
             instance.heard = self._desk.awake.now
             self._desk.index.cache_frame(id, added, removed, snapshot, epoch)
             self._desk.computed(id, added)
-        return []
 
     def _heard(self, instance: Instance, load: LoadReport) -> None:
         """A sign of life of the process; and of its engine, if it made a step or computed a prompt."""

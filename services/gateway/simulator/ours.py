@@ -67,7 +67,8 @@ class RouterGateway:
 
     def cache(self, endpoint: Endpoint, stored: bool, chain: Sequence[int], now: float) -> list[Effect]:
         added, removed = (chain, ()) if stored else ((), chain)
-        return self.router.cached(endpoint.id, endpoint.incarnation, added, removed)
+        self.router.cached(endpoint.id, endpoint.incarnation, added, removed)
+        return []
 
     def tick(self, now: float) -> list[Effect]:
         return self.router.tick(now)

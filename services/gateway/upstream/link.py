@@ -118,8 +118,10 @@ class Link:
             carrier.do(carrier.router.report(id, incarnation, load_report(frame.load), carrier.now()))
         elif which == "cache":
             cache = frame.cache
-            epoch, whole = cache.epoch, cache.snapshot
-            carrier.do(carrier.router.cached(id, incarnation, cache.added, cache.removed, snapshot=whole, epoch=epoch))
+            carrier.router.cached(
+                id, incarnation, cache.added, cache.removed, snapshot=cache.snapshot, epoch=cache.epoch
+            )
+            carrier.ask()
         elif which == "grant":
             carrier.do(carrier.router.granted(id, incarnation, frame.grant.ticket, carrier.now()))
         elif which == "draining":
