@@ -6,7 +6,10 @@ from random import Random
 
 import pytest
 
+from infermesh.v1.worker_pb2 import Load
+from registry.endpoint import Endpoint, Speed
 from services.chassis.granting import EXPIRY_S, SIZES, Arbiter, Grant, Others, Want
+from services.chassis.room import Room
 
 S = 1_000_000  # µs
 
@@ -45,6 +48,17 @@ def test_prompts_that_one_step_computes_make_room_together() -> None:
     due = room.due(9.0)
     assert due == pytest.approx(9.05, abs=1e-3), "when 0.2 s are left"
     assert room.grants(due) == [Grant("a", 1)]
+
+
+def test_an_instance_arbitrates_with_the_steps_of_its_own_speed() -> None:
+    now = [0.0]
+    speed = Speed(prefill_tps=4096.0, prefill_doubling_ctx=50_000.0, step_ms=10.0)
+    room = Room(lambda: now[0])
+    room.fit(Endpoint(id="a", kind="llm", host="h", port=1, model="m", incarnation=1, speed=speed), Load)
+    for _ in range(3):
+        room.arrive(None, 1000)
+    now[0] = 9.0
+    assert room.arbiter.wait_us(9.0) == pytest.approx(S * 1000 / 4096, rel=0.01), "two of three fit into 2,048 tokens"
 
 
 def test_rank_goes_before_priority_before_work_and_age_counts_at_a_discount() -> None:
