@@ -122,6 +122,9 @@ class Relay(_message.Message):
     WORK_US_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
     KV_TOKENS_FIELD_NUMBER: _builtins.int
+    PATIENCE_US_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
     served_model: _builtins.str
     """the id that the chosen instance serves, when the caller's `model` is an alias"""
     cache_salt: _builtins.bytes
@@ -140,6 +143,12 @@ class Relay(_message.Message):
     """the ticket under which the instance granted room; 0: it was not asked"""
     kv_tokens: _builtins.int
     """room the request is thought to take in the KV cache"""
+    patience_us: _builtins.int
+    """before its first token, shorter prompts that come later may take so much before it"""
+    rank: _builtins.int
+    """it does not overtake prompts of a lower one"""
+    cached_tokens: _builtins.int
+    """of the prompt, thought to be in the instance's prefix cache"""
     @_builtins.property
     def resume(self) -> Global___Resume:
         """a stream that another instance began"""
@@ -163,10 +172,13 @@ class Relay(_message.Message):
         work_us: _builtins.int = ...,
         grant: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
+        patience_us: _builtins.int = ...,
+        rank: _builtins.int = ...,
+        cached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "prefix_chain", b"prefix_chain", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "work_us", b"work_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "cached_tokens", b"cached_tokens", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "patience_us", b"patience_us", "prefix_chain", b"prefix_chain", "rank", b"rank", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "work_us", b"work_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -221,7 +221,7 @@ class WorkerHello(_message.Message):
     version: _builtins.str
     @_builtins.property
     def features(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """load, cache, grant"""
+        """load, cache, grant, preempt: shorter prompts overtake longer ones here"""
 
     def __init__(
         self,

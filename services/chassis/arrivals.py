@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from infermesh.v1.inference_pb2 import Relay
-from services.chassis.room import Room
+from services.chassis.room import Room, Turn
 
 
 @dataclass(slots=True)
@@ -31,6 +31,11 @@ class Entry:
         self._tokens = tokens
         self._room = room
         self._number = number
+
+    @property
+    def turn(self) -> Turn | None:
+        """When its prompt may be in the engine; None: from now on."""
+        return self._room.turn(self._number) if self._number else None
 
     def started(self) -> None:
         self._share.queued_tokens -= self._tokens
@@ -62,14 +67,16 @@ class Arrivals:
         return self._shares.get(gateway_id) or Share()
 
     @contextmanager
-    def enter(self, relay: Relay | None, tokens: int = 0) -> Iterator[Entry]:
+    def enter(self, relay: Relay | None, tokens: int = 0, *, movable: bool = False) -> Iterator[Entry]:
         """Counts a request from here to the end of the block. `tokens`: its uncached prompt, as far as known; one that
-        has none needs no room.
+        has none needs no room. `movable`: it heeds its `turn`, and can be put aside.
 
         Raises:
             MeshError: INSTANCE_FULL, where gateways ask and this one's request came without a grant and finds no room.
         """
-        number = self.room.arrive(relay, tokens) if tokens or (relay is not None and relay.grant) else 0
+        number = (
+            self.room.arrive(relay, tokens, movable=movable) if tokens or (relay is not None and relay.grant) else 0
+        )
         gateway_id = relay.gateway_id if relay is not None else ""
         share = self._shares.setdefault(gateway_id, Share())
         share.running += 1

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 from registry.endpoint import Endpoint
 from services.chassis.fairness import FAIRNESS, LATE_S, SHALLOW, Holdings, Size, Turns
+from services.chassis.prompt_line import US as US
+from services.chassis.prompt_line import Orders, Pending, PromptLine
 
 FEATURE = "grant"  # in both hellos: asks by Want, understands Grant
 DEPTH_S = 0.2  # prefill that an instance keeps queued: never empty, never deep
@@ -25,7 +27,6 @@ STEP_TOKENS = 2048  # of prompts, that one engine step computes together: vLLM's
 EXPIRY_S = 0.5  # a grant that no request has used by then is void: its gateway hangs, or has gone
 AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
 SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
-US = 1_000_000
 
 
 def depth_s(endpoint: Endpoint) -> float:
@@ -81,8 +82,8 @@ class Others(NamedTuple):
 
 @dataclass(slots=True)
 class _Booked:
-    """Room taken: by a request in flight, whose `work_us` and `kv_tokens` become 0 with its first token, or a grant.
-    `service_us`: what the grant cost its tenant."""
+    """Room taken: by a request in flight, whose `kv_tokens` become 0 with its first token, or a grant. `work_us`,
+    `service_us`: of the grant, and what it cost its tenant."""
 
     gateway: str
     work_us: int
@@ -98,33 +99,40 @@ Key = tuple[int, int, float, str]
 
 class Arbiter:
     """`max_running` and `kv_tokens` 0: unknown, they bound nothing. `step_s`: seconds of prompts that are computed
-    together."""
+    together. `preempts`: what is computed of a prompt that is put aside is not lost."""
 
     def __init__(
-        self, depth_s: float = GUESSED_DEPTH_S, max_running: int = 0, kv_tokens: int = 0, step_s: float = 0.0
+        self,
+        depth_s: float = GUESSED_DEPTH_S,
+        max_running: int = 0,
+        kv_tokens: int = 0,
+        step_s: float = 0.0,
+        *,
+        preempts: bool = False,
     ) -> None:
-        self.resize(depth_s, max_running, kv_tokens, step_s)
+        self._prompts = PromptLine()
+        self.resize(depth_s, max_running, kv_tokens, step_s, preempts=preempts)
         self._linked: dict[str, int] = {}  # gateway -> its Links; a new one may overlap the old
         self._wants: dict[str, tuple[Key, Want]] = {}
         self._lines: dict[str, Want] = {}  # the last word of each gateway on who waits there
         self._granted: dict[tuple[str, int], _Booked] = {}
         self._next: dict[str, float] = {}  # gateways that were granted and have not said who is next: until when
         self._inside: dict[int, _Booked] = {}  # in flight
-        self._pending: dict[int, _Booked] = {}  # of these, without a first token, oldest first
-        self._work_us = 0  # of _pending
         self._granted_us = 0
-        self._kv = 0  # of _pending and grants
-        self._since = 0.0  # when the head of _pending began to be computed
+        self._kv = 0  # of prompts and grants
         self._number = 0
         self._kv_used = 0
         self._computing = False
         self._turns = Turns()
         self._holdings = Holdings()
 
-    def resize(self, depth_s: float, max_running: int, kv_tokens: int, step_s: float = 0.0) -> None:
+    def resize(
+        self, depth_s: float, max_running: int, kv_tokens: int, step_s: float = 0.0, *, preempts: bool = False
+    ) -> None:
         """What is known of the instance now."""
         self._depth_us = round(depth_s * US)
-        self._step_us = round(step_s * US)
+        self._prompts.step_us = round(step_s * US)
+        self._prompts.preempts = preempts
         self._max_running = max_running
         self._kv_tokens = kv_tokens
         self._whole = Size(max_running, kv_tokens)
@@ -181,9 +189,9 @@ class Arbiter:
         while not self._next and (gateway := self._first(content, now)) is not None:
             want = self._wants[gateway][1]
             need = want.kv_tokens + want.spare_tokens
-            if not self._fits(need, now):
+            if not self._fits(need, now, want.work_us, want.rank):
                 break
-            if not self._fits(need, now, want.tenant):
+            if not self._fits(need, now, want.work_us, want.rank, want.tenant):
                 content.add(want.tenant)
                 continue
             self._turns.served(want.tenant, want.service_us / US)
@@ -225,40 +233,53 @@ class Arbiter:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def arrive(
-        self, gateway: str, now: float, work_us: int = 0, kv_tokens: int = 0, grant: int = 0, tenant: str = ""
+        self,
+        gateway: str,
+        now: float,
+        work_us: int = 0,
+        kv_tokens: int = 0,
+        grant: int = 0,
+        tenant: str = "",
+        *,
+        patience_us: int = 0,
+        rank: int = 0,
     ) -> tuple[int, float]:
         """(its number, 0), or (0, seconds of prompts queued) where it is refused: it has no grant, others wait or the
-        room is taken. Nobody is refused who could not have asked."""
+        room is taken. Nobody is refused who could not have asked. It may put others aside: see `orders`."""
         held = (gateway, grant)
         asks = gateway in self._linked and len(self._linked) > 1
         if grant and held in self._granted:
             self._void(held)
-        elif asks and (self._wants or not self._fits(kv_tokens, now, tenant)):
+        elif asks and (self._wants or not self._fits(kv_tokens, now, work_us, rank, tenant)):
             return 0, self.wait_us(now) / US
         else:
             self._turns.served(tenant, work_us / US)
-        if not self._work_us:
-            self._since = now
         self._number += 1
-        self._inside[self._number] = self._pending[self._number] = booked = _Booked(gateway, work_us, kv_tokens, tenant)
+        self._prompts.add(Pending(self._number, gateway, work_us, patience_us, rank), now)
+        self._inside[self._number] = booked = _Booked(gateway, 0, kv_tokens, tenant)
         self._hold(booked, now)
-        self._work_us += booked.work_us
         self._kv += booked.kv_tokens
         return self._number, 0.0
 
     def started(self, number: int, now: float) -> None:
         """Its first token is out."""
-        booked = self._pending.pop(number, None)
-        if booked is not None:
-            self._work_us -= booked.work_us
-            self._kv -= booked.kv_tokens
-            self._since = now
+        if self._prompts.remove(number, now, computed=True):
+            self._kv -= self._inside[number].kv_tokens
 
     def ended(self, number: int, now: float) -> None:
-        self.started(number, now)
         booked = self._inside.pop(number, None)
         if booked is not None:
+            if self._prompts.remove(number, now, computed=False):
+                self._kv -= booked.kv_tokens
             self._release(booked)
+
+    def aside(self, number: int) -> bool:
+        """Whether it has to wait for its turn."""
+        return self._prompts.aside(number)
+
+    def orders(self, now: float) -> Orders:
+        """Which prompts are put aside, and which go on. To be called after `grants`."""
+        return self._prompts.orders(now, self._depth_us, self._granted_us)
 
     # -- room -------------------------------------------------------------------------------------------------------
 
@@ -267,40 +288,34 @@ class Arbiter:
         self._kv_used = round((kv_used_ratio or 0.0) * self._kv_tokens)
         self._computing = bool(running)
 
-    def wait_us(self, now: float) -> int:
-        """Prompts queued, less what the first step of them has done since it began, and what is granted."""
-        done = min(max(0, round((now - self._since) * US)), self._head_us())
-        return self._work_us - done + self._granted_us
-
-    def _head_us(self) -> int:
-        """Work of the oldest prompts that fit into one step: they progress together, and end together."""
-        head = 0
-        for booked in self._pending.values():
-            if head and head + booked.work_us > self._step_us:
-                break
-            head += booked.work_us
-        return head
+    def wait_us(self, now: float, work_us: int = 0, rank: int = 0) -> int:
+        """Prompts queued, less what the first step of them has done since it began, and what is granted. `work_us`: of
+        a newcomer, who does not wait for those whom it overtakes."""
+        return self._prompts.left(now, work_us, rank) + self._granted_us
 
     def due(self, now: float) -> float | None:
         """When time alone will have made room, or ended a grant. None: only an event can."""
         found = [booked.until for booked in self._granted.values()]
+        again = self._prompts.due(self._depth_us, self._granted_us)
+        if again is not None and again > now:
+            found.append(again)
         if self._wants:
             at = max(self._next.values(), default=now)
-            excess = self._work_us + self._granted_us - self._depth_us
+            excess = min(self.wait_us(now, want.work_us, want.rank) for _, want in self._wants.values())
+            excess -= self._depth_us
             if excess > 0:
-                at = max(at, self._since + (excess + 1) / US) if excess <= self._head_us() else now
+                more = self._prompts.head() - self._prompts.done(now)  # that time alone does
+                at = max(at, now + (excess + 1) / US) if excess <= more else now
             if at > now:
                 found.append(at)
         return min(found, default=None)
 
     def others(self, gateway: str, now: float) -> Others:
         """What this gateway cannot know by itself."""
-        own = sum(booked.work_us for booked in self._pending.values() if booked.gateway == gateway)
+        own = self._prompts.of(gateway)
         own += sum(booked.work_us for (name, _), booked in self._granted.items() if name == gateway)
-        head = next(iter(self._pending.values()), None)
-        done = 0
-        if head is not None and head.gateway != gateway:
-            done = min(max(0, round((now - self._since) * US)), head.work_us)
+        head = self._prompts.first
+        done = min(self._prompts.done(now), head.work) if head is not None and head.gateway != gateway else 0
         line = [0] * (SIZES + 1)
         waiting = 0
         for name, want in self._lines.items():
@@ -310,7 +325,7 @@ class Arbiter:
                     line[size] += ms
         while line and not line[-1]:
             line.pop()
-        work = self._work_us + self._granted_us - own - done
+        work = self._prompts.work + self._granted_us - own - done
         beyond = frozenset(self._holdings.beyond(self._whole, now))
         return Others(len(self._linked), work, tuple(line), waiting, beyond)
 
@@ -325,13 +340,13 @@ class Arbiter:
             "linked": len(self._linked),
             "wants": len(self._wants) + len(self._lines) + len(self._next),
             "granted": len(self._granted) + self._granted_us,
-            "inside": len(self._inside) + len(self._pending),
-            "work": self._work_us,
+            "inside": len(self._inside) + len(self._prompts),
+            "work": self._prompts.work,
             "kv": self._kv,
             "held": self._holdings.used(),
         }
 
-    def _fits(self, kv_tokens: int, now: float, tenant: str | None = None) -> bool:
+    def _fits(self, kv_tokens: int, now: float, work_us: int, rank: int, tenant: str | None = None) -> bool:
         """`tenant`: beside what is kept for the others; None: for anybody."""
         busy = len(self._inside) + len(self._granted)
         depth_us, kept = self._depth_us, Size()
@@ -342,7 +357,7 @@ class Arbiter:
         used = self._kv_used + self._kv + kv_tokens + kept.tokens
         if self._kv_tokens and (busy or self._computing) and used > self._kv_tokens:
             return False
-        return self.wait_us(now) <= depth_us
+        return self.wait_us(now, work_us, rank) <= depth_us
 
     def _void(self, held: tuple[str, int]) -> None:
         booked = self._granted.pop(held)

@@ -120,11 +120,16 @@ async def _live(
     presence: Presence | None = None
     bound = 0
 
+    def fit() -> None:
+        preempts = program.held is not None and program.held.live
+        context.arrivals.room.fit(endpoint, program.load, preempts=preempts)
+
     async def adopt(values: Mapping[str, float]) -> str:
         nonlocal endpoint
         if endpoint.speed.source == "declared":
             return "its operator declared a speed, which stays; take that out of its options or the fleet file"
         endpoint = with_speed(endpoint, values)
+        fit()
         if presence is not None:
             await presence.renew(speed=endpoint.speed)
         return ""
@@ -169,7 +174,7 @@ async def _live(
         )
         if context.passes is not None:
             context.passes.address = endpoint.address
-        context.arrivals.room.fit(endpoint, program.load)
+        fit()
         if spans is not None:
             spans.serve(endpoint)
         gc.collect()

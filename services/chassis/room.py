@@ -26,6 +26,21 @@ class Outbox:
         self.news = asyncio.Event()
 
 
+class Turn:
+    """When a prompt may be in the engine. `mine`: now; `leave` is called when it is overtaken there."""
+
+    def __init__(self, mine: bool) -> None:
+        self.mine = asyncio.Event()
+        self.leave: Callable[[], object] | None = None
+        if mine:
+            self.mine.set()
+
+    def over(self) -> None:
+        self.mine.clear()
+        if self.leave is not None:
+            self.leave()
+
+
 class Room:
     """All that moves the arbiter goes through here, so that no grant is late. Without Links it bounds nothing."""
 
@@ -35,12 +50,16 @@ class Room:
         self._tps = GUESSED_TPS
         self._load: Callable[[], wk.Load] | None = None
         self._links: dict[str, list[Outbox]] = {}
+        self._turns: dict[int, Turn] = {}  # of those who may be overtaken, and of those whose turn it is not
         self._timer: asyncio.TimerHandle | None = None
 
-    def fit(self, endpoint: Endpoint, load: Callable[[], wk.Load]) -> None:
-        """What the instance is, once that is known, and where the engine speaks."""
+    def fit(self, endpoint: Endpoint, load: Callable[[], wk.Load], *, preempts: bool = False) -> None:
+        """What the instance is, once that is known, and where the engine speaks. `preempts`: the engine finds what it
+        has computed of a prompt that is put aside in its cache."""
         capacity, speed = endpoint.capacity, endpoint.speed
-        self.arbiter.resize(depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint))
+        self.arbiter.resize(
+            depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint), preempts=preempts
+        )
         self._tps = (speed.prefill_tps if endpoint.kind == "llm" else speed.tokens_per_s) or GUESSED_TPS
         self._load = load
 
@@ -82,31 +101,43 @@ class Room:
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
-    def arrive(self, relay: Relay | None, tokens: int) -> int:
-        """A request's number here, for `started` and `ended`.
+    def arrive(self, relay: Relay | None, tokens: int, *, movable: bool = False) -> int:
+        """A request's number here, for `turn`, `started` and `ended`. `movable`: it may be put aside.
 
         Raises:
             MeshError: INSTANCE_FULL, with the seconds of prompts queued: it did not ask, and the room is taken.
         """
-        gateway, work_us, kv_tokens, grant, tenant = "", 0, tokens, 0, ""
-        if relay is not None:
-            gateway, work_us, grant, tenant = relay.gateway_id, relay.work_us, relay.grant, relay.tenant
-            kv_tokens = relay.kv_tokens or tokens
+        relay = relay or Relay()
         self._look()
-        now = self._clock()
         number, queued_s = self.arbiter.arrive(
-            gateway, now, work_us or round(tokens / self._tps * US), kv_tokens, grant, tenant
+            relay.gateway_id,
+            self._clock(),
+            relay.work_us or round(tokens / self._tps * US),
+            relay.kv_tokens or tokens,
+            relay.grant,
+            relay.tenant,
+            patience_us=relay.patience_us if movable else 0,
+            rank=relay.rank,
         )
         if not number:
             message = f"{queued_s:.3f} s of prompts are queued here, and the request was sent without a grant"
             raise MeshError(Reason.INSTANCE_FULL, message, retry_after_s=max(queued_s, 0.001))
+        aside = self.arbiter.aside(number)
+        if aside or (relay.patience_us and movable):
+            self._turns[number] = Turn(not aside)
+        self._order()
         return number
+
+    def turn(self, number: int) -> Turn | None:
+        """None: it is its turn until its first token."""
+        return self._turns.get(number)
 
     def started(self, number: int) -> None:
         self.arbiter.started(number, self._clock())
         self.settle()
 
     def ended(self, number: int) -> None:
+        self._turns.pop(number, None)
         self.arbiter.ended(number, self._clock())
         self.settle()
 
@@ -115,7 +146,7 @@ class Room:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if not self._links:
+        if not self._links and not self._turns:
             return
         self._look()
         for gateway, ticket in self.arbiter.grants(self._clock()):
@@ -123,6 +154,7 @@ class Room:
             outbox = self._links[gateway][-1]  # the newest Link, if there are two
             outbox.frames.append(frame)
             outbox.news.set()
+        self._order()
         now = self._clock()
         due = self.arbiter.due(now)
         if self.arbiter.waiting:
@@ -130,6 +162,16 @@ class Room:
         if due is not None:
             with suppress(RuntimeError):  # no loop: a test without one
                 self._timer = asyncio.get_running_loop().call_later(max(0.001, due - now), self.settle)
+
+    def _order(self) -> None:
+        """Those who are overtaken leave the engine, and come back."""
+        aside, again = self.arbiter.orders(self._clock())
+        for number in aside:
+            if turn := self._turns.get(number):
+                turn.over()
+        for number in again:
+            if turn := self._turns.get(number):
+                turn.mine.set()
 
     def _look(self) -> None:
         if self._load is not None:

@@ -22,6 +22,7 @@ from services.chassis.granting import FEATURE as GRANT
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.identity import metadata_value
 from services.chassis.keys import Keys
+from services.chassis.preemption import FEATURE as PREEMPT
 from services.chassis.room import Outbox
 from services.chassis.rpc import Context, stream, unary
 
@@ -143,7 +144,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 instance_id=endpoint.id,
                 incarnation=endpoint.incarnation,
                 version=infermesh.__version__,
-                features=FEATURES,
+                features=(*FEATURES, PREEMPT) if self._held.live else FEATURES,
             )
         )
         asks = GRANT in hello.hello.features

@@ -22,6 +22,7 @@ from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
 from services.llm.delivery import Coalescer
 from services.llm.engine import Engine, Event, PromptFacts
+from services.llm.in_turn import in_turn
 from services.llm.window import PROMPT_TOKENS_KEY, OutOfWindow
 
 SERVICE = "infermesh.v1.LanguageModelService"
@@ -114,9 +115,13 @@ class LanguageModelService(language_model_pb2_grpc.LanguageModelServiceServicer)
                 retry_after_s=RETRY_AFTER_S,
             )
         with_ids = relay is not None or request.delivery.token_ids
-        with self._arrivals.enter(relay, _guess_tokens(request)) as entry:
+        with self._arrivals.enter(relay, _guess_tokens(request), movable=_movable(request)) as entry:
             try:
-                async with aclosing(paced(run(request), request.delivery.min_interval_ms / 1000)) as events:  # type: ignore[type-var]
+                turn = entry.turn
+                source = (
+                    run(request) if turn is None else in_turn(lambda: run(request), turn, request.relay.cached_tokens)
+                )
+                async with aclosing(paced(source, request.delivery.min_interval_ms / 1000)) as events:  # type: ignore[type-var]
                     first = True
                     finished = False
                     async for event in events:
@@ -198,6 +203,13 @@ def _check_resume(request: Generation) -> None:
         raise invalid("relay.resume", "a stream of more than one choice cannot be resumed")
     if request.sampling.HasField("prompt_logprobs"):
         raise invalid("relay.resume", "a stream with prompt_logprobs cannot be resumed")
+
+
+def _movable(request: Generation) -> bool:
+    """Whether the engine would find what it has computed of the prompt: for its logprobs it computes all of it."""
+    sampling = request.sampling
+    echoed = isinstance(request, lm.CompleteRequest) and request.echo and sampling.HasField("logprobs")
+    return not echoed and not sampling.HasField("prompt_logprobs")
 
 
 def _guess_tokens(request: Generation) -> int:

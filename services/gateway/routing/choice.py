@@ -12,11 +12,13 @@ from heapq import nsmallest
 
 from infermesh.errors import Reason
 from services.chassis.fairness import SHALLOW
+from services.chassis.granting import STEP_TOKENS, US
 from services.gateway.routing import cost, filters, rendezvous
 from services.gateway.routing.decision import Candidate, Record
 from services.gateway.routing.estimate import Estimate
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.fleet import Instance
+from services.gateway.routing.line import rank_of
 
 TIE = 1e-9  # relative; costs closer than this are equal
 COLD_TIE = 0.1  # of the prompt's seconds: cold prompts with a chain treat costs this close as equal
@@ -99,7 +101,7 @@ def choose(
         backlog += wait + behind
         loads.append((wait, crowd, behind))
     mean_backlog = backlog / len(passed)
-    slots, tenant = facts.slots, facts.tenant
+    slots, tenant, rank = facts.slots, facts.tenant, rank_of(facts)
     candidates: list[Candidate] = []
     details: list[tuple[float, float]] = []
     full: list[tuple[str, str]] = []
@@ -107,7 +109,7 @@ def choose(
         endpoint, ledger, rates = instance.endpoint, instance.ledger, instance.rates
         share = held.get(endpoint.id, 0.0) if held else 0.0
         cached = cached_tokens(share, prompt) if share else 0
-        line = room = reserve = decode = step = 0.0
+        line = room = preempt = reserve = decode = step = 0.0
         asked = endpoint.id == granted
         if asked:
             wait = min(wait, rates.depth_s / (SHALLOW if tenant in instance.beyond(now) else 1))
@@ -116,6 +118,9 @@ def choose(
             full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
         running = ledger.own_slots + ledger.foreign_running
+        load, sooner = wait + behind, 0.0
+        if ledger.preempts and ledger.pending and not asked:
+            wait, sooner, preempt = _overtaking(instance, work, rank, wait, now)
         if llm:
             step = rates.step(ledger.resident_tokens() + prompt)
             decode = output * step
@@ -136,13 +141,13 @@ def choose(
             room = max(instance.full_until - now, wait / max(1, running))
         if behind and not asked:
             line = instance.line.ahead_s(work) * crowd
-        load = wait + behind
         priced = work * cost.price(load if load < mean_backlog else mean_backlog) if mean_backlog else work
         opens = asks or (not room and instance.is_open(wait, crowd, now, tenant))
+        wait += sooner
         ready = asked or (slot and opens)
         weight = rates.weight * instance.share * instance.pace.share
-        total = (wait + line + room + priced + reserve + decode) / weight
-        seconds = (wait, line, room, priced, reserve, decode)
+        total = (wait + line + room + priced + preempt + reserve + decode) / weight
+        seconds = (wait, line, room, priced, preempt, reserve, decode)
         candidates.append(_candidate(Candidate, (endpoint.id, total, seconds, weight, cached, ready)))
         details.append((work, step))
     index, reason = _cheapest(candidates, details, facts, held, draw)
@@ -167,6 +172,23 @@ def choose(
     instance, wait = passed[index], thought - work - step
     pressure = wait + instance.line.late_s(work) * loads[index][1] if instance.line.count else wait
     return Choice(record, instance, ready, work, step, chosen.cached_tokens, wait, long, asks, pressure)
+
+
+def _overtaking(instance: Instance, work: float, rank: int, wait: float, now: float) -> tuple[float, float, float]:
+    """For a newcomer: seconds of the prompts that it does not overtake; of the step that runs, if it overtakes all;
+    and what those lose whom it overtakes."""
+    ledger = instance.ledger
+    behind = ledger.overtaken(round(work * US), rank, now)
+    if not behind:
+        return wait, 0.0, 0.0
+    step = 0.0
+    if len(behind) == len(ledger.pending) and not ledger.foreign_work:
+        step = instance.rates.prefill(STEP_TOKENS, max(0, behind[-1].total - STEP_TOKENS)) / 2
+    if instance.grants and instance.contended:
+        wait = max(wait - sum(entry.work for entry in behind) / US, instance.rates.depth_s)
+    else:
+        wait = ledger.wait_s(now, behind)
+    return wait, step, cost.preempt_s(work, len(behind))
 
 
 def _room(instance: Instance, slot: bool, need: float, crowd: float, free_slot: float, now: float) -> float:

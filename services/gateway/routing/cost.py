@@ -57,6 +57,11 @@ def price(backlog_s: float) -> float:
     return 1.0 + PRICE_PER_S * backlog_s
 
 
+def preempt_s(work: float, overtaken: int) -> float:
+    """By how much those who are overtaken end later, together."""
+    return work * overtaken
+
+
 def reserve_s(work: float, load: float) -> float:
     """The delay that `work` means for long prompts, which keep `load` (0..1) of the instance busy by themselves."""
     held = min(load, RESERVED_AT_MOST)

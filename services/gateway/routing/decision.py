@@ -10,15 +10,16 @@ from services.chassis.granting import Want
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.pulse import Pulse
 
-TERMS = ("wait", "line", "room", "prefill", "reserve", "decode")
+TERMS = ("wait", "line", "room", "prefill", "preempt", "reserve", "decode")
 
 
 class Candidate(NamedTuple):
     """An eligible instance. `cost_s` is the sum of `seconds`, one for each of `TERMS`, divided by `weight`.
 
     `wait`: prompts queued there. `line`: those in this gateway who would go there first. `room`: until a slot and KV
-    room are free. `prefill`: this prompt's uncached part, at the price of the backlog. `reserve`: what long prompts
-    would wait. `decode`: the answer's seconds, at their share. `ready`: it would begin soon.
+    room are free. `prefill`: this prompt's uncached part, at the price of the backlog. `preempt`: what those whom it
+    overtakes lose. `reserve`: what long prompts would wait. `decode`: the answer's seconds, at their share. `ready`: it
+    would begin soon.
     """
 
     id: str
@@ -61,7 +62,8 @@ class Record:
 class Lease:
     """A reservation on one life of one instance. `seq` is this gateway's number for the attempt; `pulse` is what
     `Router.progressed` moves. `work_us` is what its prompt takes there, `kv_tokens` the room it needs. `grant`: the
-    ticket under which the instance granted room, 0 = it was not asked."""
+    ticket under which the instance granted room, 0 = it was not asked. `patience_us`: what others who overtake it may
+    take before it; `rank`: it overtakes none of a lower one."""
 
     seq: int
     instance_id: str
@@ -72,6 +74,8 @@ class Lease:
     work_us: int = 0
     kv_tokens: int = 0
     grant: int = 0
+    patience_us: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)

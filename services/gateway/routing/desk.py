@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from infermesh.errors import Reason
+from services.chassis.preemption import patience
 from services.gateway.routing.admission import Bounds, Lane, Queue
 from services.gateway.routing.affinity import PrefixIndex, cached_blocks, hint_keys, shared_blocks
 from services.gateway.routing.choice import Choice, cached_tokens, choose, tokens
@@ -17,7 +18,7 @@ from services.gateway.routing.facts import End, Facts, Outcome
 from services.gateway.routing.fleet import Fleet, Instance
 from services.gateway.routing.groups import Groups
 from services.gateway.routing.ledger import US, Entry
-from services.gateway.routing.line import Waiting
+from services.gateway.routing.line import Waiting, rank_of
 from services.gateway.routing.policy import Policy, may_serve, resolve
 from services.gateway.routing.pulse import Awake, Pulse
 from services.gateway.routing.split import Split
@@ -134,7 +135,12 @@ class Desk:
             at=now,
             due=record.predicted_ttft_s,
             tenant=facts.tenant,
+            rank=rank_of(facts),
         )
+        if facts.kind == "llm" and facts.alike is None:
+            slack = (facts.ttft_target_s or self.policy.ttft_s) - record.waited_s - record.predicted_ttft_s
+            entry.patience = patience(entry.work, slack)
+            entry.due += entry.patience / US
         pulse = entry.pulse = Pulse(self.awake.now, vital=instance.vital)
         instance.ledger.reserve(self._seq, entry, now)
         if facts.chain or facts.document_id or facts.session_id:
@@ -153,7 +159,8 @@ class Desk:
             pool = self.fleet.pools[facts.kind, facts.model]
             self.split.served(instance, tokens, pool, now)
         life = (instance.id, instance.endpoint.incarnation)
-        return Lease(self._seq, *life, facts, record, pulse, entry.work, entry.prompt + entry.output, grant)
+        kv_tokens = entry.prompt + entry.output
+        return Lease(self._seq, *life, facts, record, pulse, entry.work, kv_tokens, grant, entry.patience, entry.rank)
 
     def _tell_waiting(self, id: str, sent: Facts) -> None:
         """Those who wait with the same beginning will find it on this instance."""

@@ -3,14 +3,17 @@
 Load = the foreign part of the last report + our own ledger, never both. All sums are integers (tokens, microseconds),
 so that what was added is taken away exactly. An engine computes prompts one after the other, small ones several in a
 step; between two reports the first step of that line is taken to progress with the clock, never beyond its own end.
+Where shorter prompts overtake longer ones (chassis/preemption.py), ours stand in the order in which they are computed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.chassis.fairness import Holdings, Size
 from services.chassis.granting import STEP_TOKENS
+from services.chassis.preemption import overtaken
 from services.gateway.routing.facts import LoadReport
 from services.gateway.routing.pulse import Pulse
 
@@ -24,6 +27,8 @@ class Entry:
     `total`: tokens of prompt, cached ones included. `thought`: seconds of its prefill as predicted, 0 where others were
     queued before it. `step`: seconds of a decode step, as predicted. `arrivals`: how many had been sent here when its
     first token came. `due`: seconds to its first token, as predicted. `abandoned`: its call was cut.
+    `patience`: microseconds that others who overtake it may still take before it; `rank`: it overtakes none of a lower
+    one.
     """
 
     prompt: int
@@ -39,6 +44,8 @@ class Entry:
     arrivals: int = 0
     due: float = 0.0
     abandoned: bool = False
+    patience: int = 0
+    rank: int = 0
     tenant: str = ""
     pulse: Pulse = field(default_factory=Pulse)
 
@@ -50,10 +57,12 @@ class Entry:
 @dataclass(slots=True)
 class Ledger:
     """`since`: when the head of the line of prompts began to be computed. `fresh`: resident tokens of requests that
-    started since the last report, which does not know them."""
+    started since the last report, which does not know them. `preempts`: shorter prompts overtake longer ones there."""
 
     entries: dict[int, Entry] = field(default_factory=dict)
-    pending: dict[int, Entry] = field(default_factory=dict)  # those without a first token, oldest first
+    pending: dict[int, Entry] = field(
+        default_factory=dict
+    )  # those without a first token, in the order in which they are computed
     own_prompt: int = 0
     own_work: int = 0
     own_output: int = 0
@@ -67,6 +76,7 @@ class Ledger:
     arrivals: int = 0
     report: LoadReport | None = None
     holdings: Holdings = field(default_factory=Holdings)
+    preempts: bool = False
 
     def reserve(self, seq: int, entry: Entry, now: float) -> None:
         if not self.own_work and not self.foreign_work:
@@ -74,13 +84,45 @@ class Ledger:
         self.arrivals += 1
         self.entries[seq] = entry
         if entry.work or entry.prompt:
-            self.pending[seq] = entry
+            self._join(seq, entry, now)
         self.own_prompt += entry.prompt
         self.own_work += entry.work
         self.own_output += entry.output
         self.own_slots += entry.slots
         self.own_resident += entry.total + entry.output
         self.holdings.take(entry.tenant, entry.size, now)
+
+    def _join(self, seq: int, entry: Entry, now: float) -> None:
+        """Into the line, before those whom it overtakes."""
+        behind = self.overtaken(entry.work, entry.rank, now)
+        if not behind:
+            self.pending[seq] = entry
+            return
+        if len(behind) == len(self.pending) and not self.foreign_work:
+            first = behind[-1]
+            self._compute(first, first.prompt * self._done_us(now) // max(1, first.work))
+            self.since = now
+        others = list(self.pending.items())
+        ahead = len(others) - len(behind)
+        self.pending = dict([*others[:ahead], (seq, entry), *others[ahead:]])
+        for other in behind:
+            other.patience = max(0, other.patience - entry.work)
+
+    def overtaken(self, work: int, rank: int, now: float) -> list[Entry]:
+        """Our prompts that a newcomer goes before, the last first. Of others' nobody knows how long each is."""
+        if not self.preempts or not self.pending:
+            return []
+        head = None if self.foreign_work else next(iter(self.pending.values()))
+        return overtaken(self.pending.values(), work, rank, head, self._done_us(now) if head is not None else 0)
+
+    def _compute(self, entry: Entry, tokens: int) -> None:
+        """So many of its prompt are computed."""
+        if tokens:
+            work = entry.work * tokens // entry.prompt
+            entry.prompt -= tokens
+            entry.work -= work
+            self.own_prompt -= tokens
+            self.own_work -= work
 
     def started(self, seq: int, now: float) -> Entry | None:
         """The first token is out. None when that is known, or nobody knows the request."""
@@ -90,7 +132,7 @@ class Ledger:
         entry.started_at = now
         entry.arrivals = self.arrivals
         self.fresh += entry.total
-        self._done(seq, entry, now)
+        self._done(seq, entry, now, computed=True)
         return entry
 
     def release(self, seq: int, now: float) -> Entry | None:
@@ -98,20 +140,22 @@ class Ledger:
         entry = self.entries.pop(seq, None)
         if entry is None:
             return None
-        self._done(seq, entry, now)
+        self._done(seq, entry, now, computed=False)
         self.own_output -= entry.output
         self.own_slots -= entry.slots
         self.own_resident -= entry.total + entry.output
         self.holdings.give(entry.tenant, entry.size)
         return entry
 
-    def _done(self, seq: int, entry: Entry, now: float) -> None:
+    def _done(self, seq: int, entry: Entry, now: float, *, computed: bool) -> None:
+        first = next(iter(self.pending), None)
         if self.pending.pop(seq, None) is None:
             return
         self.own_prompt -= entry.prompt
         self.own_work -= entry.work
         entry.prompt = entry.work = 0
-        self.since = now
+        if computed or seq == first:
+            self.since = now
 
     def reconcile(self, report: LoadReport, now: float, tps: float) -> None:
         """Takes a load frame in. Attempts up to `seen_seq` have arrived, and the instance says how much of their
@@ -137,11 +181,7 @@ class Ledger:
                 break
             done = min(excess, entry.prompt)
             if done:
-                work = entry.work * done // entry.prompt
-                entry.prompt -= done
-                entry.work -= work
-                self.own_prompt -= done
-                self.own_work -= work
+                self._compute(entry, done)
                 excess -= done
                 self.since = now
 
@@ -158,19 +198,27 @@ class Ledger:
         self.report = None
         self.foreign_prompt = self.foreign_work = self.foreign_running = self.fresh = 0
 
-    def wait_s(self, now: float) -> float:
-        """Seconds of prompts queued, less what the first step of the line has done since it began."""
+    def wait_s(self, now: float, behind: Sequence[Entry] = ()) -> float:
+        """Seconds of prompts queued, less what the first step of the line has done since it began. `behind`: not
+        counting these, whom a newcomer overtakes."""
         left = self.own_work + self.foreign_work
         if not left:
             return 0.0
+        if behind:
+            left -= sum(entry.work for entry in behind)
+            if len(behind) == len(self.pending) and not self.foreign_work:
+                return 0.0
+        return max(0, left - self._done_us(now)) / US
+
+    def _done_us(self, now: float) -> int:
+        """What the first step of the line has done since it began, as far as anybody can tell."""
         head, room = self.foreign_work, STEP_TOKENS
         for entry in self.pending.values():
             if entry.prompt > room and room < STEP_TOKENS:
                 break
             head += entry.work
             room -= entry.prompt
-        done = (now - self.since) * US
-        return max(0.0, (left - min(done, head) if done > 0 else left) / US)
+        return min(max(0, round((now - self.since) * US)), head)
 
     def prompt_tokens(self) -> int:
         return self.own_prompt + self.foreign_prompt

@@ -28,6 +28,15 @@ Key = tuple[int, int, float, int]
 Between = tuple[int, bool, float, int]
 
 
+def rank_of(facts: Facts) -> int:
+    """Who goes first: whose answer goes on, for somebody is reading along; then its class."""
+    return -1 if facts.alike is not None else _class_rank(facts)
+
+
+def _class_rank(facts: Facts) -> int:
+    return _CLASS_RANK.get(facts.klass, 1)
+
+
 @dataclass(slots=True, eq=False)
 class Waiting:
     """One waiting request. `until`: when it is given up, whatever comes first of deadline, age and grace. `held`: the
@@ -54,14 +63,13 @@ class Waiting:
     def order(self, work: float, saved: float) -> Key:
         facts = self.facts
         key = work - HASTE * saved + AGING * facts.since + (LATE if self.late else 0.0)
-        return (_CLASS_RANK.get(facts.klass, 1), -facts.priority, key, self.ticket)
+        return (_class_rank(facts), -facts.priority, key, self.ticket)
 
     def between(self, ahead: float, beyond: bool) -> Between:
         """Where it stands among other tenants' requests. `ahead`: seconds that its tenant was given beyond the least;
         `beyond`: it has more of the instance than others."""
         score = self.work - HASTE * self.saved + FAIRNESS * ahead + (LATE_S if self.late else 0.0)
-        rank = -1 if self.facts.alike is not None else _CLASS_RANK.get(self.facts.klass, 1)  # somebody is reading along
-        return rank, beyond, score, self.ticket
+        return rank_of(self.facts), beyond, score, self.ticket
 
     def lacks(self) -> int | None:
         """The first block of its prompt that is not at home."""
@@ -73,7 +81,7 @@ class Waiting:
 
     def yields_after(self) -> tuple[int, int, int]:
         """Who goes to a fallback first: the least looked at, then the least of the core, then the newest."""
-        return self.looked, -_CLASS_RANK.get(self.facts.klass, 1), -self.ticket
+        return self.looked, -_class_rank(self.facts), -self.ticket
 
 
 @dataclass(slots=True)

@@ -123,15 +123,24 @@ class Router:
         return membership.update(self._desk, members, now, young=young, stale=stale)
 
     def linked(
-        self, id: str, incarnation: int, now: float, *, beats: bool = False, grants: bool = False
+        self,
+        id: str,
+        incarnation: int,
+        now: float,
+        *,
+        beats: bool = False,
+        grants: bool = False,
+        preempts: bool = False,
     ) -> list[Effect]:
         """The Link to this life stands and its hello was right; if it drains, it says so next. `beats`: it promised a
-        frame a second at least; `grants`: it arbitrates between gateways, and does not know yet who waits here."""
+        frame a second at least; `grants`: it arbitrates between gateways, and does not know yet who waits here;
+        `preempts`: shorter prompts overtake longer ones there."""
         instance = self.fleet.instances.get(id)
         effects: list[Effect] = []
         if instance is not None and instance.endpoint.incarnation == incarnation:
             instance.beats, instance.heard, instance.stepped = beats, self._desk.awake.now, None
             instance.grants, instance.told, instance.closed = grants, NOBODY, False
+            instance.ledger.preempts = preempts
             if instance.voices.standing is Standing.DOUBTED and instance.voices.cause in (Cause.LOST, Cause.SILENT):
                 effects = judge.cleared(self._desk, instance, now)
         return effects + membership.hear(self._desk, id, incarnation, "", now, link=Link.UP, draining=False)

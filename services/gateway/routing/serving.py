@@ -16,7 +16,8 @@ from services.gateway.routing.decision import Decision, Dispatch, Effect, Record
 from services.gateway.routing.desk import SETTLE_S, Desk
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.fleet import Instance
-from services.gateway.routing.line import Waiting
+from services.gateway.routing.ledger import US
+from services.gateway.routing.line import Waiting, rank_of
 
 SCAN = 32  # waits that end in one step
 TRIES = 8  # requests that are looked at again at one event
@@ -78,11 +79,14 @@ def serve(desk: Desk, instance: Instance, now: float) -> list[Effect]:
         return effects
     content: set[str] = set()  # tenants that have all the room here that they may have
     for _ in range(TRIES):
-        if not could_start(instance, now):
+        line, turns, ledger = instance.line, desk.queue.turns, instance.ledger
+        starts = could_start(instance, now)
+        if not starts and not (ledger.preempts and ledger.pending and line.count):
             break
-        line, turns = instance.line, desk.queue.turns
         if line.count:
-            waiting = line.first(turns.ahead(), instance.ledger.arrivals, instance.beyond(now), content)
+            waiting = line.first(turns.ahead(), ledger.arrivals, instance.beyond(now), content)
+            if not starts and (waiting is None or not could_start(instance, now, waiting)):
+                break
         else:
             waiting = _relief(desk, instance, now, content)
         if waiting is None:
@@ -201,9 +205,12 @@ def expire(desk: Desk, now: float) -> list[Effect]:
     return effects
 
 
-def could_start(instance: Instance, now: float) -> bool:
-    """Has a slot, and no more prompts queued than an instance should have."""
-    return instance.has_slot(now) and instance.is_open(instance.ledger.wait_s(now), instance.crowd(), now)
+def could_start(instance: Instance, now: float, waiting: Waiting | None = None) -> bool:
+    """Has a slot, and no more prompts queued than an instance should have; of those that `waiting` does not
+    overtake."""
+    ledger = instance.ledger
+    behind = ledger.overtaken(round(waiting.work * US), rank_of(waiting.facts), now) if waiting is not None else ()
+    return instance.has_slot(now) and instance.is_open(ledger.wait_s(now, behind), instance.crowd(), now)
 
 
 def retry_after(desk: Desk, facts: Facts, reason: Reason) -> float | None:

@@ -69,14 +69,21 @@ class BlockCache:
                 self.log.append((True, tuple(stored)))
         return matched
 
-    def give_back(self, chain: Sequence[int], blocks: int) -> None:
-        """The request is over; its hashed blocks stay until the room is wanted."""
+    def give_back(self, chain: Sequence[int], blocks: int, computed: int | None = None) -> None:
+        """The request is over; its hashed blocks, or as many as are `computed`, stay until the room is wanted."""
         held, free = self.held, self.free
-        for link in reversed(chain):
+        lost: list[int] = []
+        for place in range(len(chain) - 1, -1, -1):
+            link = chain[place]
             users = held[link] - 1
             if users:
                 held[link] = users
             else:
                 del held[link]
-                free[link] = None
+                if computed is None or place < computed:
+                    free[link] = None
+                else:
+                    lost.append(link)
+        if lost and self.log is not None:
+            self.log.append((False, tuple(lost)))
         self.anonymous -= max(0, blocks - len(chain))

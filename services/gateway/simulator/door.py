@@ -20,9 +20,11 @@ class Door:
         self.engine = engine
         self.versions = 0  # of the arbiter's timer
         self._arbiter: Arbiter | None = None
+        self._prompts: dict[int, Job] = {}  # by number, without a first token
         if asking:
             capacity = endpoint.capacity
-            self._arbiter = Arbiter(depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint))
+            bounds = (depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint))
+            self._arbiter = Arbiter(*bounds, preempts=isinstance(engine, LlmEngine))
             for gateway in range(asking):
                 self._arbiter.joined(str(gateway))
 
@@ -37,11 +39,19 @@ class Door:
         lease = job.lease
         self._look(now)
         number, queued_s = self._arbiter.arrive(
-            str(job.gateway), now, lease.work_us, lease.kv_tokens, lease.grant, job.request.tenant
+            str(job.gateway),
+            now,
+            lease.work_us,
+            lease.kv_tokens,
+            lease.grant,
+            job.request.tenant,
+            patience_us=lease.patience_us,
+            rank=lease.rank,
         )
         if not number:
             return Reason.INSTANCE_FULL, queued_s
         job.number = number
+        self._prompts[number] = job
         return None
 
     def moved(self, started: list[Job], done: list[Job], now: float) -> None:
@@ -50,6 +60,7 @@ class Door:
             return
         for job in started:
             self._arbiter.started(job.number, now)
+            del self._prompts[job.number]
         for job in done:
             self._arbiter.ended(job.number, now)
 
@@ -66,6 +77,18 @@ class Door:
             return []
         self._look(now)
         return self._arbiter.grants(now)
+
+    def order(self, now: float) -> bool:
+        """Prompts that are overtaken leave the engine, and come back. True where its present segment ends otherwise."""
+        if self._arbiter is None or not isinstance(self.engine, LlmEngine):
+            return False
+        aside, again = self._arbiter.orders(now)
+        changed = False
+        for number in aside:
+            changed |= self.engine.put_aside(self._prompts[number], now)
+        for number in again:
+            changed |= self.engine.add(self._prompts[number], now)
+        return changed
 
     def due(self, now: float) -> float | None:
         return None if self._arbiter is None else self._arbiter.due(now)

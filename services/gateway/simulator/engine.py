@@ -90,6 +90,8 @@ class LlmEngine:
         self._budget = budget
         self._waiting: deque[Job] = deque()
         self._filling: deque[Job] = deque()  # let in, prompt not yet computed
+        self._leaving: dict[Job, bool] = {}  # put aside at the end of the present step; True: and added again
+        self._aside: set[Job] = set()  # put aside, to be added again
         self._finishing: list[tuple[int, int, Job]] = []  # decoding, by the tick of the last token
         self._ticks = 0
         self._order = 0
@@ -106,26 +108,67 @@ class LlmEngine:
     def add(self, job: Job, now: float) -> bool:
         """It arrives; True when the end of the present segment is another than before."""
         self.changes += 1
+        if job in self._leaving:
+            self._leaving[job] = True
+            return False
+        blocked = bool(self._waiting)
+        self._line_up(job)
+        segment = self.segment
+        if segment is None:
+            self._plan(now)
+            return self.segment is not None
+        return not blocked and segment.head is None and self._cut(segment, now)
+
+    def put_aside(self, job: Job, now: float) -> bool:
+        """Its prompt leaves the engine, to be added again: what of it is computed stays cached. True as for `add`."""
+        self.changes += 1
+        if job in self._waiting:
+            self._waiting.remove(job)
+            self._aside.add(job)
+            job.moved = True
+            return False
+        self._leaving[job] = False
+        return self.segment is not None and self._cut(self.segment, now)
+
+    def _line_up(self, job: Job) -> None:
         request = job.request
         room = self.cache.capacity * self._block
         if self.context_max:
             room = min(room, self.context_max)
         job.output = max(1, min(request.output, room - request.prompt))
-        job.cached = self._cached(request.prompt, self.cache.match(request.chain))
-        job.left = request.prompt - job.cached
-        self._queued += job.left
+        cached = self._cached(request.prompt, self.cache.match(request.chain))
         share = self._shares.setdefault(job.gateway, [0, 0, 0])
-        share[0] += 1
+        if job in self._aside:
+            self._aside.remove(job)
+            self._queued -= job.left
+            share[1] -= job.left
+        else:
+            job.cached = cached
+            share[0] += 1
+        job.left = request.prompt - cached
+        self._queued += job.left
         share[1] += job.left
         if job.lease is not None and job.lease.seq > share[2]:
             share[2] = job.lease.seq
-        blocked = bool(self._waiting)
         self._waiting.append(job)
-        segment = self.segment
-        if segment is None:
-            self._plan(now)
-            return self.segment is not None
-        if blocked or segment.head is not None or segment.steps == 1:
+
+    def _leave(self) -> None:
+        """At the end of a step. Whose prompt ends with it stays."""
+        for job in [job for job in self._leaving if job in self._filling]:
+            request = job.request
+            self._filling.remove(job)
+            self._resident -= job.computed
+            blocks = self._blocks_of(request.prompt, job.output)
+            self.cache.give_back(request.chain, blocks, job.computed // self._block)
+            self._aside.add(job)
+            job.moved = True
+            if self._leaving[job]:
+                self._line_up(job)
+        self._leaving.clear()
+
+    def _cut(self, segment: Segment, now: float) -> bool:
+        """The segment ends with its present step. True where that changes its end."""
+        if segment.steps == 1:
             return False
         steps = max(1, ceil(segment.steps_within(now - segment.start) - _SLACK))
         if steps >= segment.steps:
@@ -166,6 +209,8 @@ class LlmEngine:
             self._resident -= job.request.prompt + job.output
             self.cache.give_back(job.request.chain, self._blocks_of(job.request.prompt, job.output))
             self._shares[job.gateway][0] -= 1
+        if self._leaving:
+            self._leave()
         self._plan(now)
         return started, done
 
@@ -225,8 +270,10 @@ class LlmEngine:
         if matched is None:
             return None
         self._waiting.popleft()
-        job.cached = job.computed = self._cached(request.prompt, matched)
-        left = request.prompt - job.cached
+        job.computed = self._cached(request.prompt, matched)
+        if not job.moved:
+            job.cached = job.computed
+        left = request.prompt - job.computed
         self._queued += left - job.left
         self._shares[job.gateway][1] += left - job.left
         job.left = left

@@ -26,6 +26,7 @@ class Job:
     sent: float = 0.0
     output: int = 0  # tokens it will make here: the trace's, cut at the instance's range
     cached: int = 0  # prompt tokens found in the prefix cache
+    moved: bool = False  # it was put aside, for others who overtook it
     left: int = 0  # prompt tokens still to be computed
     computed: int = 0  # prompt tokens in the KV cache
     finish_tick: int = 0

@@ -84,7 +84,7 @@ class RouterGateway:
     def joined(self, endpoint: Endpoint, now: float) -> list[Effect]:
         self._members[endpoint.id] = Member(endpoint)
         effects = self.router.update(self._members.values(), now)
-        return effects + self.router.linked(endpoint.id, endpoint.incarnation, now, grants=True)
+        return effects + linked(self.router, endpoint, now)
 
     def draining(self, endpoint: Endpoint, now: float) -> list[Effect]:
         return self.router.draining(endpoint.id, endpoint.incarnation, now)
@@ -113,8 +113,13 @@ def directory(site: Site, now: float, bounds: Bounds = PATIENT, law: Law | None 
     router = Router(now - AGE_S, bounds, policy=policy)
     router.update([Member(endpoint) for endpoint in site.endpoints], now)
     for endpoint in site.endpoints:
-        router.linked(endpoint.id, endpoint.incarnation, now, grants=True)
+        linked(router, endpoint, now)
     return router
+
+
+def linked(router: Router, endpoint: Endpoint, now: float) -> list[Effect]:
+    """As our own services say in their hellos."""
+    return router.linked(endpoint.id, endpoint.incarnation, now, grants=True, preempts=endpoint.kind == "llm")
 
 
 def blinded(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, ...]:

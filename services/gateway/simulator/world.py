@@ -253,7 +253,8 @@ class World:
             return
         job.sent = now - self._network_s
         asleep = engine.segment is None
-        if engine.add(job, now):
+        changed = engine.add(job, now)
+        if self._doors[job.instance].order(now) or changed:
             self._schedule(job.instance)
         if asleep and self._every:  # its next report would be a heartbeat; it has something to tell now
             self._timers[job.instance] += 1
@@ -286,6 +287,8 @@ class World:
         door = self._doors[id]
         for grant in door.grants(now):
             self._at(now + self._network_s, _GRANTED, (id, grant))
+        if door.order(now):
+            self._schedule(id)
         due = door.due(now)
         door.versions += 1
         if due is not None:

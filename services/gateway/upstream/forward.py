@@ -97,7 +97,8 @@ class Forwarder:
         """What an instance is to know of an attempt."""
         relay.gateway_id, relay.tenant, relay.attempt = self.gateway_id, tenant, attempt
         relay.seq, relay.grant = lease.seq, lease.grant
-        relay.work_us, relay.kv_tokens = lease.work_us, lease.kv_tokens
+        relay.work_us, relay.kv_tokens, relay.cached_tokens = lease.work_us, lease.kv_tokens, lease.record.cached_tokens
+        relay.patience_us, relay.rank = lease.patience_us, lease.rank
 
     def enter(self) -> None:
         self.budget.enter()

@@ -14,6 +14,7 @@ import infermesh
 from infermesh.v1 import worker_pb2 as wk
 from registry.endpoint import Endpoint
 from services.chassis.granting import FEATURE as GRANT
+from services.chassis.preemption import FEATURE as PREEMPT
 from services.gateway.routing.facts import LoadReport
 from services.gateway.upstream.carrier import Carrier
 from services.gateway.upstream.failures import we_were_cancelled
@@ -106,8 +107,8 @@ class Link:
             )
         self.wrong = ""
         beats = LOAD_FEATURE in hello.features
-        grants = GRANT in hello.features
-        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now(), beats=beats, grants=grants))
+        said = {"beats": beats, "grants": GRANT in hello.features, "preempts": PREEMPT in hello.features}
+        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now(), **said))
         self._carrier.touch()
 
     def _hear(self, frame: wk.LinkResponse) -> bool:

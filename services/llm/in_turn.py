@@ -1,0 +1,51 @@
+"""A prompt that may be overtaken: until its first token it can be taken out of the engine, and put in again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
+from dataclasses import replace
+
+from services.chassis.room import Turn
+from services.llm.engine import Event
+
+
+async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached: int) -> AsyncGenerator[Event]:
+    """The events of one of the answers that `begin` starts. Each time the prompt is overtaken the answer is closed, and
+    begun again when its turn has come: what the engine has computed of it is in its prefix cache then. That is not
+    what the caller calls cached, so no more than `cached` tokens are told to be, as the gateway had expected."""
+    moved = False
+    while True:
+        while not turn.mine.is_set():
+            await turn.mine.wait()
+        async with aclosing(begin()) as events:  # type: ignore[type-var]
+            first = asyncio.ensure_future(_next(events))
+            turn.leave = first.cancel
+            try:
+                await asyncio.wait({first})
+            finally:
+                turn.leave = None
+                if not first.done():
+                    first.cancel()
+                    await asyncio.wait({first})
+            if first.cancelled():
+                moved = True
+                continue
+            event = first.result()
+            while event is not None:
+                yield _told(event, cached) if moved else event
+                event = await _next(events)
+            return
+
+
+async def _next(events: AsyncIterator[Event]) -> Event | None:
+    return await anext(events, None)
+
+
+def _told(event: Event, cached: int) -> Event:
+    if event.prompt is not None:
+        event.prompt = replace(event.prompt, cached=min(cached, event.prompt.cached))
+    if event.usage is not None:
+        event.usage.cached_tokens = min(cached, event.usage.cached_tokens)
+    return event
