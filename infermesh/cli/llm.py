@@ -47,6 +47,9 @@ def command(
     max_context: Annotated[int | None, typer.Option(help="Tokens of prompt and answer that the model takes.")] = None,
     max_running: Annotated[int | None, typer.Option(help="Requests in the batch.")] = None,
     max_waiting: Annotated[int | None, typer.Option(help="Requests that may wait for it; more are refused.")] = None,
+    preempt: Annotated[
+        bool | None, typer.Option("--preempt/--no-preempt", help="Shorter prompts overtake longer ones (default).")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="The card, as the hardware catalogue names it.")] = None,
     kv_tokens: Annotated[int | None, typer.Option(help="Tokens that the KV cache holds.")] = None,
     prefill_tps: Annotated[float | None, typer.Option(help="Prompt tokens a second.")] = None,

@@ -73,6 +73,7 @@ class Program:
     died: Callable[[], Awaitable[str]]
     close: Callable[[], Awaitable[None]]
     held: HeldPrefixes | None = None  # of services whose engine has a prefix cache
+    preempts: Callable[[], bool] = lambda: False  # once started: shorter prompts overtake longer ones
 
 
 async def run_instance(settings: InstanceSettings, build: Callable[[InstanceContext], Program]) -> int:
@@ -121,8 +122,7 @@ async def _live(
     bound = 0
 
     def fit() -> None:
-        preempts = program.held is not None and program.held.live
-        context.arrivals.room.fit(endpoint, program.load, preempts=preempts)
+        context.arrivals.room.fit(endpoint, program.load, preempts=program.preempts())
 
     async def adopt(values: Mapping[str, float]) -> str:
         nonlocal endpoint
@@ -139,7 +139,7 @@ async def _live(
     calibrator = Calibrator(lambda: endpoint, context.arrivals, lambda: own or _own_address(settings, bound))
     worker = Worker(
         *(lambda: endpoint, program.load, context.arrivals, context.keys, stop.ask),
-        *(program.held, stop.undo, calibrator.run, adopt),
+        *(program.held, stop.undo, calibrator.run, adopt, program.preempts),
     )
     program.add_services(server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(worker, server.grpc)

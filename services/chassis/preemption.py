@@ -12,7 +12,7 @@ from typing import Protocol, TypeVar
 
 FEATURE = "preempt"  # in an instance's hello: a prompt put aside goes on where it was, from the prefix cache
 TIMES = 2  # what is left of the longer one is so many times the shorter one
-LEAST_US = 500_000  # and more than it by so much: to put a prompt aside and to take it up again costs something, too
+LEAST_US = 2_000_000  # and more than it by so much: what is put aside is rendered and begun again
 PATIENCE = 1.0  # of its own work, for one that is late in any case
 MARGIN = 0.5  # of the time that one who is not late has left
 

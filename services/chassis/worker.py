@@ -49,6 +49,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         undo: Callable[[], bool] = lambda: False,
         measure: Measure | None = None,
         adopt: Adopt | None = None,
+        preempts: Callable[[], bool] = lambda: False,
     ) -> None:
         self._endpoint = endpoint
         self._load = load
@@ -59,6 +60,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         self._undo = undo
         self._measure = measure
         self._adopt = adopt
+        self._preempts = preempts
         self._draining = False
         self._grace_s = 0.0
         self._leaving = ""
@@ -144,7 +146,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
                 instance_id=endpoint.id,
                 incarnation=endpoint.incarnation,
                 version=infermesh.__version__,
-                features=(*FEATURES, PREEMPT) if self._held.live else FEATURES,
+                features=(*FEATURES, PREEMPT) if self._preempts() else FEATURES,
             )
         )
         asks = GRANT in hello.hello.features

@@ -45,7 +45,10 @@ def program_of(engine: Engine, held: HeldPrefixes, settings: LlmSettings, contex
         service.serve(endpoint)
         return endpoint
 
-    return Program((SERVICE,), add_services, start, engine.load, engine.died, engine.close, held)
+    def preempts() -> bool:
+        return settings.preempt and held.live  # what the engine has computed of a prompt is found again
+
+    return Program((SERVICE,), add_services, start, engine.load, engine.died, engine.close, held, preempts)
 
 
 def build_engine(settings: LlmSettings, held: HeldPrefixes) -> Engine:

@@ -93,6 +93,7 @@ class LlmSettings(InstanceSettings):
     kind: Literal["llm"] = "llm"
     engine: EngineName
     max_waiting: int | None = Field(default=None, ge=0, le=1 << 20)  # beyond max_running; unset = a quarter of it
+    preempt: bool = True  # shorter prompts overtake longer ones, where the engine keeps prefixes
     vllm: VllmOptions = VllmOptions()
     openai_http: OpenAiHttpOptions = OpenAiHttpOptions()
     scripted: ScriptedOptions = ScriptedOptions()

@@ -98,3 +98,62 @@ def test_two_writings_of_one_model_agree(rps: float) -> None:
         cached = [sum(one[1] for one in told.values()) for told in (real, sim)]
         assert cached[1] == pytest.approx(cached[0], rel=0.03)
         assert cached[0] > 0.2 * sum(ask.prompt for ask in wanted), "there is something to agree on"
+
+
+def test_both_keep_what_is_computed_of_a_prompt_that_is_put_aside() -> None:
+    long, short, at = Ask(0.0, 1, 3000, 5), Ask(1.0, 2, 300, 5), 1.0
+    real, sim = _aside_by_scripted(long, short, at), _aside_by_simulator(long, short, at)
+    alone = simulated.Pace(PREFILL_TPS, DOUBLING, STEP_MS / 1000, KV_US / 1e9).prefill_s(long.prompt, 0)
+    assert sim[0] == pytest.approx(real[0], rel=0.03) and sim[0] < alone / 2, "it went before the longer one"
+    assert sim[1] == pytest.approx(real[1], rel=0.03) and alone < sim[1] < alone + sim[0] + 0.5, "nothing is lost"
+
+
+def _aside_by_scripted(long: Ask, short: Ask, at: float) -> tuple[float, float]:
+    """Times of the first tokens, from 0: of the short one and of the long one, which is begun anew behind it."""
+    batch = scripted.Batch(scripted.Pace(PREFILL_TPS, DOUBLING, STEP_MS, KV_US), 256, Blocks(KV_TOKENS // BLOCK), CHUNK)
+
+    def job(ask: Ask) -> scripted.Job:
+        tokens = [ask.conversation * 100_000 + place for place in range(ask.prompt)]
+        return scripted.Job(tokens, b"", ask.output, 0, 1, wake=lambda: None)
+
+    jobs, now = [job(long)], 0.0
+    batch.add(jobs[0])
+    told: dict[int, float] = {}
+    while len(told) < 2:
+        step = batch.plan()
+        assert step is not None
+        now += step.seconds
+        batch.finish(step)
+        if now >= at and len(jobs) == 1:
+            batch.remove(jobs[0])
+            jobs += [job(short), job(long)]
+            batch.add(jobs[1])
+            batch.add(jobs[2])
+        for index, each in enumerate(jobs):
+            if each.made:
+                told.setdefault(index, now)
+    return told[1], told[2]
+
+
+def _aside_by_simulator(long: Ask, short: Ask, at: float) -> tuple[float, float]:
+    pace = simulated.Pace(PREFILL_TPS, DOUBLING, STEP_MS / 1000, KV_US / 1e9)
+    engine = simulated.LlmEngine("e", pace, kv_tokens=KV_TOKENS, block_tokens=BLOCK, max_running=256, budget=CHUNK)
+
+    def job(index: int, ask: Ask) -> Job:
+        blocks = [ask.conversation * 100_000 + place for place in range(ask.prompt // BLOCK)]
+        return Job(Request(index, ask.at, ask.prompt, ask.output, chain_of(blocks, "")), 0, Facts("llm", "m"))
+
+    first, second = job(0, long), job(1, short)
+    engine.add(first, 0.0)
+    assert engine.put_aside(first, at), "the step that runs is its last one"
+    engine.add(second, at)
+    engine.add(first, at)
+    told: dict[int, float] = {}
+    while engine.segment is not None:
+        now = engine.segment.end
+        for started in engine.advance()[0]:
+            told[started.request.index] = now
+    assert first.cached == 0 and engine.cache.in_use == 0
+    load = engine.load(0, now)
+    assert (load.queued_tokens, load.own_queued_tokens, load.own_running, load.resident_tokens) == (0, 0, 0, 0)
+    return told[1], told[0]

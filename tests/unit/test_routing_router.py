@@ -81,6 +81,7 @@ def test_the_record_tells_candidates_terms_and_rejected() -> None:
         "wait": 0,
         "line": 0,
         "room": 0,
+        "preempt": 0,
         "reserve": 0,
         "prefill": pytest.approx(prefill),
         "decode": pytest.approx(cost.DECODE_SHARE * 50 * step),

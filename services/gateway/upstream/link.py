@@ -107,8 +107,9 @@ class Link:
             )
         self.wrong = ""
         beats = LOAD_FEATURE in hello.features
-        said = {"beats": beats, "grants": GRANT in hello.features, "preempts": PREEMPT in hello.features}
-        self._carrier.do(self._carrier.router.linked(*mine, self._carrier.now(), **said))
+        grants, preempts = GRANT in hello.features, PREEMPT in hello.features
+        router, now = self._carrier.router, self._carrier.now()
+        self._carrier.do(router.linked(*mine, now, beats=beats, grants=grants, preempts=preempts))
         self._carrier.touch()
 
     def _hear(self, frame: wk.LinkResponse) -> bool:
