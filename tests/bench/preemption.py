@@ -1,93 +1,80 @@
-"""What engines could gain that put a long prompt aside for a shorter one: an estimate, not a run of anything there is.
+"""What chat beside long documents gains where shorter prompts overtake longer ones in the instances: in virtual time.
 
-    python -m tests.bench.preemption --trace mooncake.jsonl [--limit 3000]       a minute of one core
+    python -m tests.bench.preemption [--write]       half a minute of one core
 
-The router's own run in `sim` says which prompts the hosts of the long-context tier computed, and how much of each.
-The same prompts at the same times are then put in order again on as many servers that know every length beforehand:
-shortest first, and shortest remaining first with preemption at no cost (SRPT: Schrage, Operations Research 16, 1968).
-Steps carry decoding requests too; that is taken as `BESIDE` more of each prompt's time.
+Chat of 700 tokens (spread 0.8), 2 a second an instance, beside documents of 60,000 tokens, one in 100 s: on one
+instance and on two of the speed of 8 x H20 with a 72B model. `infermesh_fcfs` is the same router before instances that
+compute prompts first come first served (`--no-preempt`), `round_robin` sends in turn and lets all wait in the instance.
 """
 
 from __future__ import annotations
 
 import argparse
-from heapq import heapify, heappop, heappush
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from statistics import mean
 
 from deploy.fleet import parse_fleet
-from services.gateway.simulator.engine import LlmEngine
+from services.gateway.simulator.arrivals import generate, parse_spec
 from services.gateway.simulator.fleet import site_of
-from services.gateway.simulator.ours import PATIENT
+from services.gateway.simulator.job import Job
 from services.gateway.simulator.policies import policy
-from services.gateway.simulator.trace import parse_trace
 from services.gateway.simulator.world import Conditions, simulate
 
-FLEET = Path(__file__).resolve().parents[2] / "deploy/examples/mixed-72b.yaml"
-RATES = (0.06816, 0.09542, 0.1227, 0.15)  # 0.5, 0.7, 0.9 and 1.1 of capacity in docs/routing.md
-BESIDE = 1.1
-TARGET_S = 10.0
+DECISION = Path(__file__).resolve().parents[2] / "docs/decisions/0041-preemption.md"
+MARK = "| instances | policy |"
+SPEED = "speed: {prefill_tps: 4000, prefill_doubling_ctx: 55000, step_ms: 10, kv_us_per_ktoken: 12}"
+CHAT_RPS, DOCUMENT_RPS, SECONDS = 2, 0.01, 1200
+LONG = 16_000
+HEAD = (MARK + " chat: mean | p90 | p99 | tpot p50 | documents: mean | max | put aside |", "|" + " --- |" * 9)
 
 
-def waits(prompts: list[tuple[float, float]], servers: int, *, preempt: bool) -> list[float]:
-    """Seconds from arrival to the end, of (arrival, seconds of work), sorted by arrival."""
-    now, found, waiting = 0.0, [], []
-    running: list[list[float]] = []  # [seconds left, arrival]
-    coming = list(reversed(prompts))
-    while coming or waiting or running:
-        end = min((now + left for left, _ in running), default=float("inf"))
-        then = min(end, coming[-1][0] if coming else float("inf"))
-        for one in running:
-            one[0] -= then - now
-        now = then
-        found += [now - arrival for left, arrival in running if left <= 1e-9]
-        running = [one for one in running if one[0] > 1e-9]
-        while coming and coming[-1][0] <= now:
-            arrival, work = coming.pop()
-            heappush(waiting, [work, arrival])
-        if preempt:
-            waiting += running
-            running = []
-            heapify(waiting)
-        while waiting and len(running) < servers:
-            running.append(heappop(waiting))
-    return found
+def fleet(instances: int) -> str:
+    each = "engine: scripted, kv_tokens: 900000, max_running: 256"
+    lines = "".join(f"  - {{id: e{i}, model: m, {each}, {SPEED}}}\n" for i in range(instances))
+    return f"version: 1\nmodels: [{{id: m, kind: llm}}]\ninstances:\n{lines}"
+
+
+def row(instances: int, name: str) -> str:
+    site = site_of(parse_fleet(fleet(instances), "fleet.yaml"))
+    chat = f"rps={CHAT_RPS * instances},requests={CHAT_RPS * instances * SECONDS},prompt=700,output=150,spread=0.8"
+    documents = f"rps={DOCUMENT_RPS * instances},requests={round(DOCUMENT_RPS * instances * SECONDS)}"
+    short = generate(parse_spec(chat), Random(3))
+    long = generate(parse_spec(documents + ",prompt=60000,output=300,spread=0.3"), Random(4))
+    both = sorted((*short.requests, *long.requests), key=lambda request: request.arrival)
+    trace = replace(short, requests=tuple(replace(request, index=i) for i, request in enumerate(both)))
+    run = simulate(trace, site, policy(name), Conditions(), Random(0))
+    chats = [job for job in run.jobs if job.request.prompt < LONG]
+    papers = [waited(job) for job in run.jobs if job.request.prompt >= LONG]
+    waits = sorted(waited(job) for job in chats)
+    gaps = sorted((job.done - job.first) / max(1, job.output - 1) for job in chats)
+    cells = (
+        f"{instances} | {name} | {mean(waits):.2f} s | {at(waits, 0.9):.2f} s | {at(waits, 0.99):.2f} s"
+        f" | {1000 * at(gaps, 0.5):.0f} ms | {mean(papers):.1f} s | {max(papers):.1f} s"
+        f" | {sum(job.moved for job in run.jobs)} of {len(run.jobs)}"
+    )
+    return f"| {cells} |"
+
+
+def waited(job: Job) -> float:
+    return job.first - job.request.arrival
+
+
+def at(values: list[float], part: float) -> float:
+    return values[int(part * len(values))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trace", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=3000)
+    parser.add_argument("--write", action="store_true", help="put the table into the decision")
     args = parser.parse_args()
-    site = site_of(parse_fleet(FLEET.read_text(), FLEET.name))
-    tier = {endpoint.id for endpoint in site.endpoints if endpoint.tier == "long-context"}
-    with args.trace.open() as lines:
-        trace = parse_trace(lines, args.trace.name).first(args.limit)
-    for rate in RATES:
-        run = simulate(trace.at_rate(rate), site, policy("infermesh", PATIENT), Conditions(), Random(0))
-        engines = {engine.id: engine for engine in run.engines if isinstance(engine, LlmEngine)}
-        served = [job for job in run.jobs if not job.shed]
-        late = {
-            tier_only: sum(
-                job.first - job.request.arrival > TARGET_S for job in served if (job.instance in tier) is tier_only
-            )
-            for tier_only in (True, False)
-        }
-        prompts = sorted(
-            (
-                job.request.arrival,
-                BESIDE * engines[job.instance].pace.prefill_s(job.request.prompt - job.cached, job.cached),
-            )
-            for job in served
-            if job.instance in tier
-        )
-        said = [f"rate {rate:g}: of {len(served)}, {late[True] + late[False]} later than {TARGET_S:g} s"]
-        for name, preempt in (("shortest first", False), ("shortest remaining first", True)):
-            again = waits(prompts, len(tier), preempt=preempt)
-            count = sum(wait > TARGET_S for wait in again) + late[False]
-            said.append(f"{name} {count}, mean {sum(again) / len(again):.2f} s")
-        alone = sum(work / BESIDE > TARGET_S for _, work in prompts)
-        print("; ".join(said) + f"; {alone} prompts last longer than that by themselves", flush=True)
+    rows = [row(instances, name) for instances in (1, 2) for name in ("infermesh", "infermesh_fcfs", "round_robin")]
+    table = "\n".join((*HEAD, *rows))
+    print(table)
+    if args.write:
+        before, _, after = DECISION.read_text().partition(MARK)
+        DECISION.write_text(before + table + "\n" + after[after.index("\n\n") + 1 :])
 
 
 if __name__ == "__main__":

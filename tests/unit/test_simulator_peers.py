@@ -45,7 +45,7 @@ def where(gateway: Peer, wanted: Facts, draw: float = 0.0) -> str:
 
 def test_every_name_of_the_design_has_a_policy() -> None:
     assert set(NAMES) == {
-        *("infermesh", "infermesh_blind", "round_robin", "least_request", "power_of_two"),
+        *("infermesh", "infermesh_blind", "infermesh_fcfs", "round_robin", "least_request", "power_of_two"),
         *("cache_aware", "scorer_sum", "kv_overlap_cost"),
     }
     assert set(STRONGEST_FIRST) == set(PEERS)

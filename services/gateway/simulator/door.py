@@ -14,9 +14,10 @@ from services.gateway.simulator.job import Job
 
 
 class Door:
-    """`asking`: how many gateways ask before they send; 0 where the policy knows nothing of grants."""
+    """`asking`: how many gateways ask before they send; 0 where the policy knows nothing of grants. `preempts`: shorter
+    prompts overtake longer ones."""
 
-    def __init__(self, endpoint: Endpoint, engine: LlmEngine | EncoderEngine, asking: int) -> None:
+    def __init__(self, endpoint: Endpoint, engine: LlmEngine | EncoderEngine, asking: int, preempts: bool) -> None:
         self.engine = engine
         self.versions = 0  # of the arbiter's timer
         self._arbiter: Arbiter | None = None
@@ -24,7 +25,7 @@ class Door:
         if asking:
             capacity = endpoint.capacity
             bounds = (depth_s(endpoint), capacity.max_running, capacity.kv_tokens, step_s(endpoint))
-            self._arbiter = Arbiter(*bounds, preempts=isinstance(engine, LlmEngine))
+            self._arbiter = Arbiter(*bounds, preempts=preempts and isinstance(engine, LlmEngine))
             for gateway in range(asking):
                 self._arbiter.joined(str(gateway))
 

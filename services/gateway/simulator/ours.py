@@ -25,7 +25,8 @@ AGE_S = 60.0  # the gateway has been up for so long: the directory is settled
 
 
 class Ours:
-    """`blind`: every speed is the mean of the model's instances, and no time that was seen is told."""
+    """`blind`: every speed is the mean of the model's instances, and no time that was seen is told. `preempts`: shorter
+    prompts overtake longer ones in the instances."""
 
     report_s: float | None = 0.0
     cache_events: Literal["never", "at_once", "with_report"] = "with_report"
@@ -33,23 +34,34 @@ class Ours:
     asks = True
 
     def __init__(
-        self, name: str = "infermesh", *, blind: bool = False, bounds: Bounds = PATIENT, law: Law | None = None
+        self,
+        name: str = "infermesh",
+        *,
+        blind: bool = False,
+        preempts: bool = True,
+        bounds: Bounds = PATIENT,
+        law: Law | None = None,
     ) -> None:
         """`law`: gateways say how many replicas each group of the site should have, by it."""
         self.name = name
+        self.preempts = preempts
         self._law = law
         self._blind = blind
         self._bounds = bounds
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> RouterGateway:
         known = replace(site, endpoints=blinded(site.endpoints)) if self._blind else site
-        return RouterGateway(directory(known, now, self._bounds, self._law), self._blind, known.endpoints)
+        router = directory(known, now, self._bounds, self._law, preempts=self.preempts)
+        return RouterGateway(router, self._blind, known.endpoints, preempts=self.preempts)
 
 
 class RouterGateway:
-    def __init__(self, router: Router, blind: bool = False, endpoints: Sequence[Endpoint] = ()) -> None:
+    def __init__(
+        self, router: Router, blind: bool = False, endpoints: Sequence[Endpoint] = (), *, preempts: bool = True
+    ) -> None:
         self.router = router
         self._blind = blind
+        self._preempts = preempts
         self._members = {endpoint.id: Member(endpoint) for endpoint in endpoints}
 
     def pick(self, facts: Facts, now: float, draw: float) -> Decision:
@@ -84,7 +96,7 @@ class RouterGateway:
     def joined(self, endpoint: Endpoint, now: float) -> list[Effect]:
         self._members[endpoint.id] = Member(endpoint)
         effects = self.router.update(self._members.values(), now)
-        return effects + linked(self.router, endpoint, now)
+        return effects + linked(self.router, endpoint, now, self._preempts)
 
     def draining(self, endpoint: Endpoint, now: float) -> list[Effect]:
         return self.router.draining(endpoint.id, endpoint.incarnation, now)
@@ -99,7 +111,9 @@ class RouterGateway:
         return {view.name: view.desired for view in self.router.groups() if view.desired}
 
 
-def directory(site: Site, now: float, bounds: Bounds = PATIENT, law: Law | None = None) -> Router:
+def directory(
+    site: Site, now: float, bounds: Bounds = PATIENT, law: Law | None = None, *, preempts: bool = True
+) -> Router:
     """A router that has known these instances for a while and is linked to all of them."""
     policy = Policy(
         ttft_s=min(site.ttft_s, LAX_TTFT_S),
@@ -113,13 +127,14 @@ def directory(site: Site, now: float, bounds: Bounds = PATIENT, law: Law | None 
     router = Router(now - AGE_S, bounds, policy=policy)
     router.update([Member(endpoint) for endpoint in site.endpoints], now)
     for endpoint in site.endpoints:
-        linked(router, endpoint, now)
+        linked(router, endpoint, now, preempts)
     return router
 
 
-def linked(router: Router, endpoint: Endpoint, now: float) -> list[Effect]:
+def linked(router: Router, endpoint: Endpoint, now: float, preempts: bool) -> list[Effect]:
     """As our own services say in their hellos."""
-    return router.linked(endpoint.id, endpoint.incarnation, now, grants=True, preempts=endpoint.kind == "llm")
+    preempts = preempts and endpoint.kind == "llm"
+    return router.linked(endpoint.id, endpoint.incarnation, now, grants=True, preempts=preempts)
 
 
 def blinded(endpoints: Sequence[Endpoint]) -> tuple[Endpoint, ...]:

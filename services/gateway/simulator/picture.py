@@ -8,7 +8,7 @@ from typing import Any
 from xml.sax.saxutils import escape
 
 # Okabe and Ito's palette, told apart by colour-blind readers too.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999", "#8C564B")
 WIDTH, HEIGHT = 460, 320
 LEFT, TOP, RIGHT, BOTTOM = 62, 40, 14, 46
 

@@ -23,12 +23,14 @@ class PeerPolicy:
     cache_events: Literal["never", "at_once", "with_report"] = "never"
     tick_s: float = 0.0
     asks: bool = False
+    preempts: bool = False
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway:
         return self.build(self.name, site, block_tokens, now)
 
 
-OURS: Final = ("infermesh", "infermesh_blind")
+FCFS: Final = "infermesh_fcfs"  # the same router before instances with --no-preempt
+OURS: Final = ("infermesh", "infermesh_blind", FCFS)
 PEERS: Final[dict[str, PeerPolicy]] = {
     policy.name: policy
     for policy in (
@@ -59,5 +61,5 @@ def policy(name: str, bounds: Bounds = PATIENT) -> Policy:
         KeyError: there is none.
     """
     if name in OURS:
-        return Ours(name, blind=name == "infermesh_blind", bounds=bounds)
+        return Ours(name, blind=name == "infermesh_blind", preempts=name != FCFS, bounds=bounds)
     return PEERS[name]

@@ -42,7 +42,8 @@ class Gateway(Protocol):
 class Policy(Protocol):
     """Builds gateways. `report_s`: how often instances are heard (None: never; 0: at DESIGN §6's interval).
     `cache_events`: when they tell what enters and leaves their caches. `tick_s`: how often time alone is told, 0 never.
-    `asks`: whether instances arbitrate between its gateways."""
+    `asks`: whether instances arbitrate between its gateways. `preempts`: whether shorter prompts overtake longer ones
+    in them."""
 
     @property
     def name(self) -> str: ...
@@ -58,5 +59,8 @@ class Policy(Protocol):
 
     @property
     def asks(self) -> bool: ...
+
+    @property
+    def preempts(self) -> bool: ...
 
     def gateway(self, site: Site, block_tokens: int, now: float) -> Gateway: ...

@@ -86,7 +86,7 @@ class World:
         id = endpoint.id
         engine = engine_of(endpoint, self._block_tokens, self._site.budget.get(endpoint.group or id, BUDGET))
         self._endpoints[id], self._engines[id] = endpoint, engine
-        self._doors[id] = Door(endpoint, engine, self._asking)
+        self._doors[id] = Door(endpoint, engine, self._asking, self._policy.preempts)
         self._versions[id] = self._timers[id] = 0
         self._told[id] = (-1, -HEARTBEAT_S)
         if self._policy.cache_events != "never" and isinstance(engine, LlmEngine):
