@@ -17,6 +17,9 @@ SERVICE = (*BOTTOM, "infermesh.transport", "registry", "services.chassis")
 GATEWAY = "services.gateway"
 GRANTING = "services.chassis.granting"  # the rules that gateways and instances share, values and arithmetic
 FAIRNESS = "services.chassis.fairness"
+PREEMPTION = "services.chassis.preemption"
+PROMPT_LINE = "services.chassis.prompt_line"
+SHARED = (GRANTING, FAIRNESS, PREEMPTION, PROMPT_LINE)
 
 # Room -> what it may import of the house beside itself. The longest prefix of a module is its room.
 ROOMS: dict[str, tuple[str, ...]] = {
@@ -27,7 +30,9 @@ ROOMS: dict[str, tuple[str, ...]] = {
     "services": (),
     "services.chassis": SERVICE,
     FAIRNESS: (),
-    GRANTING: (*BOTTOM, FAIRNESS),
+    PREEMPTION: (),
+    PROMPT_LINE: (PREEMPTION,),
+    GRANTING: (*BOTTOM, FAIRNESS, PROMPT_LINE),
     "services.llm": SERVICE,
     "services.embedding": SERVICE,
     "services.rerank": SERVICE,
@@ -49,15 +54,15 @@ ROOMS: dict[str, tuple[str, ...]] = {
         *SERVICE,
         *(f"{GATEWAY}.{room}" for room in ("config", "entrance", "observe", "report", "routing")),
     ),
-    f"{GATEWAY}.routing": (*BOTTOM, GRANTING, FAIRNESS),
-    f"{GATEWAY}.simulator": (*BOTTOM, GRANTING, FAIRNESS, f"{GATEWAY}.routing"),
+    f"{GATEWAY}.routing": (*BOTTOM, *SHARED),
+    f"{GATEWAY}.simulator": (*BOTTOM, *SHARED, f"{GATEWAY}.routing"),
     "deploy": (*BOTTOM, "registry"),
     "deploy.fleet": BOTTOM,
     "deploy.planner": BOTTOM,
     "deploy.setup": BOTTOM,
 }
 # Plain functions and values: no I/O, no clock, no chance, no telemetry, nothing to await.
-PURE = (GRANTING, FAIRNESS, f"{GATEWAY}.routing", f"{GATEWAY}.simulator", "deploy.planner")
+PURE = (*SHARED, f"{GATEWAY}.routing", f"{GATEWAY}.simulator", "deploy.planner")
 IMPURE = (
     *("asyncio", "time", "random", "logging", "os", "secrets", "socket", "subprocess", "threading", "uuid"),
     *("aiohttp", "grpc", "opentelemetry", "prometheus_client", "structlog"),

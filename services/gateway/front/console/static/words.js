@@ -16,7 +16,7 @@ const zh = {
   "Chat": "对话", "Similarity": "相似度", "Rerank": "重排", "system": "系统提示", "message": "消息", "send": "发送", "stop": "停止", "clear": "清空", "temperature": "温度", "longest answer": "最长回答", "one text a line": "每行一个文本", "compare": "比较", "query": "查询", "documents, one a line": "文档，每行一个", "rank": "排序", "score": "得分",
   "Ctrl+Enter sends": "Ctrl+Enter 发送", "tokens/s": "tokens/秒", "degraded from": "降级自", "stopped": "已停止", "no model of this kind is served": "没有这类模型", "on": "于", "of which cached": "其中缓存",
   "This gateway wants an API key": "此网关需要 API key", "API key": "API key", "enter": "进入", "It stays in this tab only.": "只保存在当前标签页。", "other key": "更换 key",
-  "wait": "排队", "line": "队列", "room": "空位", "reserve": "预留", "decode": "解码", "gone": "已离开",
+  "wait": "排队", "line": "队列", "room": "空位", "preempt": "抢占", "reserve": "预留", "decode": "解码", "gone": "已离开",
 };
 const LANG = "infermesh.lang";
 export const language = () => localStorage.getItem(LANG) || (navigator.language.startsWith("zh") ? "zh" : "en");
