@@ -44,7 +44,7 @@ def rows(fleet: str, said: dict[str, Any]) -> list[tuple[str, ...]]:
     lines = []
     for run in said["runs"]:
         policies = run["policies"]
-        peers = {name: numbers for name, numbers in policies.items() if name not in (OURS, BLIND)}
+        peers = {name: numbers for name, numbers in policies.items() if not name.startswith(OURS)}
         ttft = policies[OURS]["ttft_mean_s"]
         quickest = min(peers, key=lambda name: peers[name]["ttft_mean_s"])
         best, blind = peers[quickest]["ttft_mean_s"], policies.get(BLIND, {}).get("ttft_mean_s")

@@ -16,8 +16,8 @@ from services.gateway.routing import filters
 from services.gateway.routing.decision import TERMS, Candidate, Record
 
 CANDIDATES = (
-    Candidate("a", 2.5, (1.25, 0.0, 0.0, 0.25, 0.0, 1.0), 1.0, 1536, True),
-    Candidate("b", 0.5, (0.0, 0.0, 0.0, 0.25, 0.0, 0.25), 2.0, 0, False),
+    Candidate("a", 2.5, (1.25, 0.0, 0.0, 0.25, 0.0, 1.0, 0.0), 1.0, 1536, True),
+    Candidate("b", 0.5, (0.0, 0.0, 0.0, 0.25, 0.0, 0.25, 0.0), 2.0, 0, False),
 )
 RECORD = Record(
     "llm", "large", "b", "least_cost", CANDIDATES, (("c", "context_over"), ("d", "feature:tools"), ("e", "new_word")),
@@ -38,8 +38,8 @@ def test_the_chosen_one_comes_first_with_every_term(capsys: pytest.CaptureFixtur
     head = next(line.split() for line in lines if "INSTANCE" in line)
     assert head == ["INSTANCE", "COST", *(term.upper() for term in TERMS), "CACHED", "WEIGHT", "READY"]
     rows = [re.split(r"\s{2,}", line) for line in lines[4:6]]
-    assert rows[0] == ["->", "b", "500 ms", "0", "0", "0", "250 ms", "0", "250 ms", "0", "2", "no"]
-    assert rows[1] == ["", "a", "2.5 s", "1.25 s", "0", "0", "250 ms", "0", "1 s", "1536", "1", "yes"]
+    assert rows[0] == ["->", "b", "500 ms", "0", "0", "0", "250 ms", "0", "250 ms", "0", "0", "2", "no"]
+    assert rows[1] == ["", "a", "2.5 s", "1.25 s", "0", "0", "250 ms", "0", "1 s", "0", "1536", "1", "yes"]
     assert lines[6:] == [
         "rejected c: context_over (prompt and answer are longer than it takes)",
         "rejected d: feature:tools (lacks tools)",

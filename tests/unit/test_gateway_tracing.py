@@ -15,6 +15,7 @@ from infermesh.v1 import language_model_pb2 as lm
 from services.chassis import telemetry
 from services.chassis.rpc import abort
 from services.gateway.observe import Observe
+from services.gateway.routing.decision import TERMS
 from services.gateway.tracing import Tracing
 from services.gateway.upstream.calls import Call, Method
 from tests.kit.collector import collector
@@ -82,7 +83,7 @@ async def test_route_and_attempt_spans() -> None:
     candidates = orjson.loads(shown["infermesh.route.record"])["candidates"]
     assert [one["id"] for one in candidates] == ["a", "b"]
     for one in candidates:
-        assert list(one["terms_s"]) == ["wait", "line", "room", "prefill", "reserve", "decode"]
+        assert list(one["terms_s"]) == list(TERMS)
         assert one["cost_s"] == pytest.approx(sum(one["terms_s"].values()) / one["weight"])
     (decision,) = [said for name, said in route.events if name == "decision"]
     assert decision["infermesh.route.chosen"] == "b"

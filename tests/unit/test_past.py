@@ -35,7 +35,7 @@ def size(folder: Path) -> int:
 
 def record(chosen: str = "a", count: int = 2, **more: Any) -> Record:
     ids = [f"i{number:04}" for number in range(count - 1)] + [chosen]
-    found = tuple(Candidate(id, 1.0 + n, (0.5, 0, 0, 0.25, 0, n), 1.0, n, True) for n, id in enumerate(sorted(ids)))
+    found = tuple(Candidate(id, 1.0 + n, (0.5, 0, 0, 0.25, 0, n, 0), 1.0, n, True) for n, id in enumerate(sorted(ids)))
     return Record("llm", "m", chosen, "least_cost", found, (("z", "draining"),), 100, 10, **more)
 
 

@@ -146,8 +146,8 @@ def choose(
         wait += sooner
         ready = asked or (slot and opens)
         weight = rates.weight * instance.share * instance.pace.share
-        total = (wait + line + room + priced + preempt + reserve + decode) / weight
-        seconds = (wait, line, room, priced, preempt, reserve, decode)
+        total = (wait + line + room + priced + reserve + decode + preempt) / weight
+        seconds = (wait, line, room, priced, reserve, decode, preempt)
         candidates.append(_candidate(Candidate, (endpoint.id, total, seconds, weight, cached, ready)))
         details.append((work, step))
     index, reason = _cheapest(candidates, details, facts, held, draw)

@@ -10,16 +10,16 @@ from services.chassis.granting import Want
 from services.gateway.routing.facts import Facts
 from services.gateway.routing.pulse import Pulse
 
-TERMS = ("wait", "line", "room", "prefill", "preempt", "reserve", "decode")
+TERMS = ("wait", "line", "room", "prefill", "reserve", "decode", "preempt")
 
 
 class Candidate(NamedTuple):
     """An eligible instance. `cost_s` is the sum of `seconds`, one for each of `TERMS`, divided by `weight`.
 
     `wait`: prompts queued there. `line`: those in this gateway who would go there first. `room`: until a slot and KV
-    room are free. `prefill`: this prompt's uncached part, at the price of the backlog. `preempt`: what those whom it
-    overtakes lose. `reserve`: what long prompts would wait. `decode`: the answer's seconds, at their share. `ready`: it
-    would begin soon.
+    room are free. `prefill`: this prompt's uncached part, at the price of the backlog. `reserve`: what long prompts
+    would wait. `decode`: the answer's seconds, at their share. `preempt`: what those whom it overtakes lose.
+    `ready`: it would begin soon.
     """
 
     id: str

@@ -3,7 +3,7 @@ import { html, useEffect, useMemo, useState } from "../vendor/preact.js";
 import { call } from "../api.js";
 import { clock, count, percent, seconds, t } from "../words.js";
 
-const TERMS = ["wait", "line", "room", "prefill", "preempt", "reserve", "decode"];
+const TERMS = ["wait", "line", "room", "prefill", "reserve", "decode", "preempt"];
 
 export function Routing({ mesh, at }) {
   const wanted = decodeURIComponent(at.split("/").slice(1).join("/"));
