@@ -18,6 +18,7 @@ from services.chassis.granting import Arbiter, Grant, Want
 from services.chassis.preemption import LEAST_US, TIMES, patience
 from services.chassis.prompt_line import US, Pending, PromptLine
 from services.chassis.room import Room, Turn
+from services.gateway.routing import cost
 from services.gateway.routing.decision import Dispatch, Wait
 from services.gateway.routing.facts import Facts, Likeness, Member
 from services.gateway.routing.ledger import Entry, Ledger
@@ -327,7 +328,11 @@ def test_a_short_prompt_is_sent_where_it_overtakes_and_waits_where_it_cannot() -
     assert isinstance(decision, Dispatch)
     terms = dict(decision.lease.record.candidates[0].terms)
     assert 0 < terms["wait"] < 3, "half of the step that runs"
-    assert terms["preempt"] == pytest.approx(1.0, rel=0.01), "by so much the long one ends later"
+    later, beside = (
+        1.0,
+        cost.BESIDE_SHARE * 10 * 2.048,
+    )  # the long one; ten tokens, each in a step of 2,048 of its prompt
+    assert terms["preempt"] == pytest.approx(later + beside, rel=0.01)
     assert isinstance(unable.pick(facts(1000), 10.0), Wait)
     assert isinstance(able.pick(facts(1000, klass="bulk"), 10.1), Wait), "not before those of a better class"
 

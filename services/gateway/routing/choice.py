@@ -118,9 +118,9 @@ def choose(
             full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
         running = ledger.own_slots + ledger.foreign_running
-        load, sooner = wait + behind, 0.0
+        sooner = 0.0
         if ledger.preempts and ledger.pending and not asked:
-            wait, sooner, preempt = _overtaking(instance, work, rank, wait, now)
+            wait, sooner, preempt = _overtaking(instance, work, rank, wait, now, output)
         if llm:
             step = rates.step(ledger.resident_tokens() + prompt)
             decode = output * step
@@ -141,6 +141,7 @@ def choose(
             room = max(instance.full_until - now, wait / max(1, running))
         if behind and not asked:
             line = instance.line.ahead_s(work) * crowd
+        load = wait + behind
         priced = work * cost.price(load if load < mean_backlog else mean_backlog) if mean_backlog else work
         opens = asks or (not room and instance.is_open(wait, crowd, now, tenant))
         wait += sooner
@@ -174,21 +175,24 @@ def choose(
     return Choice(record, instance, ready, work, step, chosen.cached_tokens, wait, long, asks, pressure)
 
 
-def _overtaking(instance: Instance, work: float, rank: int, wait: float, now: float) -> tuple[float, float, float]:
+def _overtaking(
+    instance: Instance, work: float, rank: int, wait: float, now: float, output: int
+) -> tuple[float, float, float]:
     """For a newcomer: seconds of the prompts that it does not overtake; of the step that runs, if it overtakes all;
-    and what those lose whom it overtakes."""
+    and what it costs to overtake the others: them, and its own answer, which is made beside them."""
     ledger = instance.ledger
     behind = ledger.overtaken(round(work * US), rank, now)
     if not behind:
         return wait, 0.0, 0.0
-    step = 0.0
-    if len(behind) == len(ledger.pending) and not ledger.foreign_work:
-        step = instance.rates.prefill(STEP_TOKENS, max(0, behind[-1].total - STEP_TOKENS)) / 2
+    left = sum(entry.work for entry in behind) / US
+    step = instance.rates.prefill(STEP_TOKENS, max(0, behind[-1].total - STEP_TOKENS))
+    all_of_them = len(behind) == len(ledger.pending) and not ledger.foreign_work
     if instance.grants and instance.contended:
-        wait = max(wait - sum(entry.work for entry in behind) / US, instance.rates.depth_s)
+        wait = max(wait - left, instance.rates.depth_s)
     else:
         wait = ledger.wait_s(now, behind)
-    return wait, step, cost.preempt_s(work, len(behind))
+    lost = cost.preempt_s(work, len(behind)) + cost.beside_s(left, output, step)
+    return wait, step / 2 if all_of_them else 0.0, lost
 
 
 def _room(instance: Instance, slot: bool, need: float, crowd: float, free_slot: float, now: float) -> float:

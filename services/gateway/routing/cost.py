@@ -18,6 +18,7 @@ PRIOR_TOKENS_PER_S = 5000.0
 
 PRICE_PER_S = 1.0  # β: what a second of backlog adds to the price of a second of uncached work
 DECODE_SHARE = 0.02  # γ: what a second of anybody's decoding weighs beside a second before the first token
+BESIDE_SHARE = 0.08  # the same where tokens come in steps many times as long: it is seen, and breaks objectives
 RESERVED_AT_MOST = 0.9  # of an instance's time, for long prompts
 
 
@@ -60,6 +61,12 @@ def price(backlog_s: float) -> float:
 def preempt_s(work: float, overtaken: int) -> float:
     """By how much those who are overtaken end later, together."""
     return work * overtaken
+
+
+def beside_s(left: float, output: int, step: float) -> float:
+    """By how much an answer of `output` tokens ends later, at its share, while the `left` seconds of a long prompt are
+    computed beside it: each of its tokens takes one of those steps."""
+    return BESIDE_SHARE * min(left, output * step)
 
 
 def reserve_s(work: float, load: float) -> float:

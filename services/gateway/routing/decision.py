@@ -18,7 +18,7 @@ class Candidate(NamedTuple):
 
     `wait`: prompts queued there. `line`: those in this gateway who would go there first. `room`: until a slot and KV
     room are free. `prefill`: this prompt's uncached part, at the price of the backlog. `reserve`: what long prompts
-    would wait. `decode`: the answer's seconds, at their share. `preempt`: what those whom it overtakes lose.
+    would wait. `decode`: the answer's seconds, at their share. `preempt`: what overtaking others costs.
     `ready`: it would begin soon.
     """
 
