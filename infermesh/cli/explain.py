@@ -105,7 +105,8 @@ def _print_past(found: Mapping[str, Any]) -> None:
     if request["ttft_s"]:
         due = decisions[-1]["predicted_ttft_s"] if decisions else 0.0
         told = f"{request['prompt_tokens']} tokens, {request['cached_tokens']} cached"
-        print(f"first token after {_seconds(request['ttft_s'])}, predicted was {_seconds(due)}")
+        aside = f", put aside {request['preempted']} times for shorter prompts" if request.get("preempted") else ""
+        print(f"first token after {_seconds(request['ttft_s'])}{aside}, predicted was {_seconds(due)}")
         print(f"prompt {told}; answer {request['completion_tokens']} tokens")
     for number, decision in enumerate(decisions, 1):
         print(f"\ndecision {number} of {len(decisions)}, which ended as {decision['outcome']}")

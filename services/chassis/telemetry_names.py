@@ -58,6 +58,7 @@ REASON = ROUTE_PREFIX + "reason"
 CHOSEN = ROUTE_PREFIX + "chosen"
 WAITED = ROUTE_PREFIX + "waited_s"
 PREDICTED_TTFT = ROUTE_PREFIX + "predicted_ttft_s"
+PREEMPTED = "infermesh.preempted"
 PREDICTED_CACHED = ROUTE_PREFIX + "predicted_cached_tokens"
 DEGRADED_FROM = ROUTE_PREFIX + "degraded_from"
 

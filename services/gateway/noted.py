@@ -141,6 +141,8 @@ class Noted(Unkept):
             names.OUTPUT_TOKENS: report.completion_tokens,
             names.CACHED_TOKENS: report.cached_tokens,
         }
+        if report.preempted:
+            told[names.PREEMPTED] = report.preempted
         if entrance is not None:
             told |= entrance.attributes
             told |= entrance.status(report.outcome, self._begun)

@@ -58,6 +58,8 @@ class Observe:
             fields["trace_id"] = report.trace_id
         if report.resumes:
             fields["resumes"] = report.resumes
+        if report.preempted:
+            fields["preempted"] = report.preempted
         if isinstance(error, MeshError):
             fields["param"] = error.param
         log.info("request", **fields)

@@ -43,6 +43,7 @@ class Report:
     tried: tuple[Tried, ...] = ()
     facts: Facts | None = None
     resumes: int = 0
+    preempted: int = 0
     trace_id: str = ""
 
     @property

@@ -42,6 +42,7 @@ class PromptFacts:
     tokens: int
     cached: int = 0
     logprobs: tuple[lm.PositionLogprobs, ...] = ()
+    preempted: int = 0  # times that it was put aside; the service's word, not the engine's
 
 
 @dataclass(slots=True)

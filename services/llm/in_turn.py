@@ -15,7 +15,7 @@ async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached:
     """The events of one of the answers that `begin` starts. Each time the prompt is overtaken the answer is closed, and
     begun again when its turn has come: what the engine has computed of it is in its prefix cache then. That is not
     what the caller calls cached, so no more than `cached` tokens are told to be, as the gateway had expected."""
-    moved = False
+    moved = 0
     while True:
         while not turn.mine.is_set():
             await turn.mine.wait()
@@ -30,11 +30,11 @@ async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached:
                     first.cancel()
                     await asyncio.wait({first})
             if first.cancelled():
-                moved = True
+                moved += 1
                 continue
             event = first.result()
             while event is not None:
-                yield _told(event, cached) if moved else event
+                yield _told(event, moved, cached) if moved else event
                 event = await _next(events)
             return
 
@@ -43,9 +43,9 @@ async def _next(events: AsyncIterator[Event]) -> Event | None:
     return await anext(events, None)
 
 
-def _told(event: Event, cached: int) -> Event:
+def _told(event: Event, moved: int, cached: int) -> Event:
     if event.prompt is not None:
-        event.prompt = replace(event.prompt, cached=min(cached, event.prompt.cached))
+        event.prompt = replace(event.prompt, cached=min(cached, event.prompt.cached), preempted=moved)
     if event.usage is not None:
         event.usage.cached_tokens = min(cached, event.usage.cached_tokens)
     return event

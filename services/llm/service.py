@@ -157,6 +157,7 @@ class LanguageModelService(language_model_pb2_grpc.LanguageModelServiceServicer)
             incarnation=self._identity.incarnation,
             prompt_tokens=prompt.tokens,
             cached_tokens=prompt.cached,
+            preempted=prompt.preempted,
             prompt_logprobs=prompt.logprobs,
         )
 

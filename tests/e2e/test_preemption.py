@@ -48,9 +48,10 @@ async def test_a_short_prompt_does_not_wait_for_a_long_one(tmp_path: Path) -> No
         assert not long.done(), "they did not wait for it"
         started, ids, cached = await long
         assert ids == [0, 1, 2, 3, 4] and started.prompt_tokens > WORDS
+        assert 1 <= started.preempted <= 3
         assert (started.cached_tokens, cached) == (0, 0), "what it had computed itself was not cached before it came"
         again = await ask(mesh, "word " * WORDS)
-        assert again[0].cached_tokens > 0.99 * WORDS
+        assert again[0].cached_tokens > 0.99 * WORDS and again[0].preempted == 0
 
 
 async def test_callers_who_go_away_while_overtaken_leave_nothing_behind(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from services.chassis.prompt_line import US, Pending, PromptLine
 from services.chassis.room import Room, Turn
 from services.gateway.routing import cost
 from services.gateway.routing.decision import Dispatch, Wait
-from services.gateway.routing.facts import Facts, Likeness, Member
+from services.gateway.routing.facts import End, Facts, Likeness, Member, Outcome
 from services.gateway.routing.ledger import Entry, Ledger
 from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
@@ -352,3 +352,15 @@ def test_a_continued_answer_is_not_overtaken() -> None:
     sent = made.pick(facts(60_000, alike=Likeness("m", "", "", "")), 0.0)
     assert isinstance(sent, Dispatch) and (sent.lease.patience_us, sent.lease.rank) == (0, -1)
     assert isinstance(made.pick(facts(1000), 10.0), Wait)
+
+
+@pytest.mark.parametrize("preempted", [0, 2])
+def test_a_prompt_that_was_put_aside_tells_nothing_of_the_instances_speed(preempted: int) -> None:
+    made = router(preempts=True)
+    sent = made.pick(facts(10_000), 0.0)
+    assert isinstance(sent, Dispatch)
+    made.started(sent.lease, 30.0)
+    told = Outcome(End.DONE, None, 10_000, 10, ttft_s=30.0, duration_s=31.0, cached_tokens=0, preempted=preempted)
+    made.release(sent.lease, told, 31.0)
+    slowness = made.fleet.instances["a"].rates.slowness
+    assert slowness == 1.0 if preempted else slowness > 1.0

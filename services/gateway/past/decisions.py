@@ -26,7 +26,7 @@ WARN_S = 60.0  # between two warnings
 SHOWN = 64  # candidates kept of a past decision: the cheapest, and the chosen one
 REQUEST = (
     *("request_id", "method", "tenant", "model", "outcome", "instance", "served_model", "attempts"),
-    *("ttft_s", "duration_s", "prompt_tokens", "completion_tokens", "cached_tokens"),
+    *("ttft_s", "duration_s", "prompt_tokens", "completion_tokens", "cached_tokens", "preempted"),
 )
 T = TypeVar("T")
 log = structlog.get_logger("past")
@@ -79,6 +79,7 @@ def past(line: bytes) -> dict[str, Any]:
     try:
         fields = orjson.loads(line)
         decisions = [{"outcome": item["outcome"], **shown(item["record"])} for item in fields["decisions"]]
+        fields.setdefault("preempted", 0)  # a line of an earlier version
         request = {name: fields[name] for name in ("at", *REQUEST)}
     except (KeyError, TypeError) as error:
         raise ValueError(f"a damaged line: {error!r}") from None

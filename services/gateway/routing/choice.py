@@ -154,7 +154,7 @@ def choose(
     index, reason = _cheapest(candidates, details, facts, held, draw)
     chosen, (work, step) = candidates[index], details[index]
     ready = chosen.ready
-    thought = chosen.seconds[0] + chosen.seconds[1] + chosen.seconds[2] + work + step
+    wait = chosen.seconds[0] + chosen.seconds[1] + chosen.seconds[2]
     record = Record(
         kind=facts.kind,
         model=facts.model,
@@ -167,10 +167,10 @@ def choose(
         estimate_s=chosen.cost_s,
         waited_s=max(0.0, now - facts.since) if facts.since else 0.0,
         cached_tokens=chosen.cached_tokens,
-        predicted_ttft_s=thought,
+        predicted_ttft_s=wait + work + step,
         unexamined=len(pool) - len(examined),
     )
-    instance, wait = passed[index], thought - work - step
+    instance = passed[index]
     pressure = wait + instance.line.late_s(work) * loads[index][1] if instance.line.count else wait
     return Choice(record, instance, ready, work, step, chosen.cached_tokens, wait, long, asks, pressure)
 

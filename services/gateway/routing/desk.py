@@ -214,7 +214,8 @@ class Desk:
             return
         # Only what was alone says how fast the instance is: no prompt before it, none beside its answer.
         ledger = instance.ledger
-        if entry.thought and record.prompt_tokens >= TELLING_TOKENS and not outcome.cached_tokens:
+        telling = entry.thought and not outcome.preempted
+        if telling and record.prompt_tokens >= TELLING_TOKENS and not outcome.cached_tokens:
             instance.rates.observe_prefill(entry.started_at - entry.at - entry.step, entry.thought)
         alone = ledger.arrivals == entry.arrivals and not ledger.pending and not ledger.foreign_running
         if alone and outcome.completion_tokens >= TELLING_ANSWER and now > entry.started_at and facts.choices == 1:

@@ -123,7 +123,7 @@ class End(Enum):
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """The end of an attempt. Token counts are the instance's own, 0 = not told (`cached_tokens`: None). `queued_s`:
-    what an instance that refused had queued, by its own word."""
+    what an instance that refused had queued, by its own word; `preempted`: times that it put the prompt aside."""
 
     end: End
     reason: Reason | None = None
@@ -133,3 +133,4 @@ class Outcome:
     duration_s: float = 0.0
     cached_tokens: int | None = None
     queued_s: float = 0.0
+    preempted: int = 0

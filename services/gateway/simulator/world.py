@@ -217,6 +217,7 @@ class World:
             ttft_s=job.first - job.sent,
             duration_s=now - job.sent,
             cached_tokens=job.cached,
+            preempted=int(job.moved),
         )
         self._carry(self._gateways[job.gateway].release(job.lease, outcome, now), job.gateway, now)
 

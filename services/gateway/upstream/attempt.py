@@ -32,6 +32,7 @@ class Attempt:
         "_transcript",
         "endpoint",
         "lease",
+        "preempted",
         "tokens",
         "ttft_s",
         "usage",
@@ -56,6 +57,7 @@ class Attempt:
         self.lease = lease
         self.endpoint = endpoint
         self.tokens = 0
+        self.preempted = 0  # times that its prompt was put aside
         self.ttft_s = 0.0
         self.usage: Any = None
         self.verified: bool | None = None  # whether who answered is who was asked; None: nobody has
@@ -74,6 +76,8 @@ class Attempt:
         message = method.response.FromString(first)
         self.ttft_s = carrier.now() - self._begun
         carrier.do(carrier.router.started(self.lease, carrier.now()))
+        if method.streams and message.HasField("started"):
+            self.preempted = message.started.preempted
         self._note(message)
         return Event(first, message)
 
@@ -104,6 +108,7 @@ class Attempt:
             self.ttft_s,
             self._carrier.now() - self._begun,
             usage.cached_tokens if usage is not None and self._method.streams else None,
+            preempted=self.preempted,
             queued_s=(failure.retry_after_s or 0.0) if isinstance(failure, MeshError) else 0.0,
         )
         self._carrier.release(self.lease, outcome)

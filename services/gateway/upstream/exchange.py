@@ -369,6 +369,7 @@ class Exchange:
             tried=tuple(self._tried),
             facts=self._facts if self._record is not None else None,
             resumes=self._kept.resumes,
+            preempted=last.preempted if last is not None else 0,
             trace_id=self._context.trace_id if self._spans is None else self._spans.trace_id,
         )
         forwarder.observe.finished(report, error)
