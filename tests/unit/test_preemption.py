@@ -209,9 +209,8 @@ async def test_who_is_overtaken_leaves_the_engine_and_is_begun_again() -> None:
             assert (engine.begun, engine.closed) == (2, 1)
         engine.ready.set()
         first, last = await answer
-        assert first.prompt is not None and first.prompt.cached == 3, (
-            "its own first attempt is no cache of the caller's"
-        )
+        assert first.prompt is not None and first.prompt.preempted == 1
+        assert first.prompt.cached == 3, "its own first attempt is no cache of the caller's"
         assert last.usage is not None and last.usage.cached_tokens == 3
         assert (engine.begun, engine.closed) == (2, 2)
 
@@ -228,7 +227,7 @@ async def test_an_answer_that_was_never_overtaken_is_told_as_it_is_and_none_is_o
         entry.started()
         with entries.enter(Relay(gateway_id="g", work_us=S), 9, movable=True):
             last = await anext(events)
-        assert first.prompt is not None and first.prompt.cached == 8
+        assert first.prompt is not None and (first.prompt.cached, first.prompt.preempted) == (8, 0)
         assert last.usage is not None and last.usage.cached_tokens == 8 and engine.begun == 1
         await events.aclose()
 
