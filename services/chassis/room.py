@@ -125,7 +125,8 @@ class Room:
         aside = self.arbiter.aside(number)
         if aside or (relay.patience_us and movable):
             self._turns[number] = Turn(not aside)
-        self._order()
+        if self._turns:
+            self.settle()
         return number
 
     def turn(self, number: int) -> Turn | None:
