@@ -146,7 +146,7 @@ class Relay(_message.Message):
     patience_us: _builtins.int
     """before its first token, shorter prompts that come later may take so much before it"""
     rank: _builtins.int
-    """it does not overtake prompts of a lower one"""
+    """it does not overtake prompts of a lower one; unset: none"""
     cached_tokens: _builtins.int
     """of the prompt, thought to be in the instance's prefix cache"""
     @_builtins.property
@@ -173,14 +173,16 @@ class Relay(_message.Message):
         grant: _builtins.int = ...,
         kv_tokens: _builtins.int = ...,
         patience_us: _builtins.int = ...,
-        rank: _builtins.int = ...,
+        rank: _builtins.int | None = ...,
         cached_tokens: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["resume", b"resume"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank", "resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cache_salt", b"cache_salt", "cached_tokens", b"cached_tokens", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "patience_us", b"patience_us", "prefix_chain", b"prefix_chain", "rank", b"rank", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "work_us", b"work_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "attempt", b"attempt", "cache_salt", b"cache_salt", "cached_tokens", b"cached_tokens", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "patience_us", b"patience_us", "prefix_chain", b"prefix_chain", "rank", b"rank", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "work_us", b"work_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
+    _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rank) -> _WhichOneofReturnType__rank | None: ...
 
 Global___Relay: _TypeAlias = Relay  # noqa: Y015
 

@@ -38,10 +38,14 @@ class Entry:
         return self._room.turn(self._number) if self._number else None
 
     def started(self) -> None:
-        self._share.queued_tokens -= self._tokens
-        self._tokens = 0
+        self.gone()
         if self._number:
             self._room.started(self._number)
+
+    def gone(self) -> None:
+        """Its prompt waits no longer, computed or not."""
+        self._share.queued_tokens -= self._tokens
+        self._tokens = 0
 
 
 class Arrivals:
@@ -90,7 +94,7 @@ class Arrivals:
         try:
             yield entry
         finally:
-            entry.started()
+            entry.gone()
             if number:
                 self.room.ended(number)
             share.running -= 1

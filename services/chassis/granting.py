@@ -26,6 +26,7 @@ GUESSED_DEPTH_S = 3.0  # where the speed is a guess, a shallow queue could leave
 STEP_TOKENS = 2048  # of prompts, that one engine step computes together: vLLM's smaller default
 EXPIRY_S = 0.5  # a grant that no request has used by then is void: its gateway hangs, or has gone
 AGING = 0.02  # a second of waiting outweighs so many seconds of work; those overdue go first anyway
+FIRST_RANKS = 3  # before every class: who goes on with an answer, and an overdue request whose turn it is
 SIZES = 24  # classes of work by powers of two, the smallest up to 2 ms
 
 
@@ -63,6 +64,11 @@ class Want(NamedTuple):
     age_s: float = 0.0
     line_ms: tuple[int, ...] = ()
     waiting: int = 0
+
+
+def overtakes(want: Want) -> int:
+    """The rank by which it overtakes prompts: its class, whoever goes first among those who wait."""
+    return want.rank + FIRST_RANKS if want.rank < 0 else want.rank
 
 
 class Grant(NamedTuple):
@@ -189,9 +195,10 @@ class Arbiter:
         while not self._next and (gateway := self._first(content, now)) is not None:
             want = self._wants[gateway][1]
             need = want.kv_tokens + want.spare_tokens
-            if not self._fits(need, now, want.work_us, want.rank):
+            rank = overtakes(want)
+            if not self._fits(need, now, want.work_us, rank):
                 break
-            if not self._fits(need, now, want.work_us, want.rank, want.tenant):
+            if not self._fits(need, now, want.work_us, rank, want.tenant):
                 content.add(want.tenant)
                 continue
             self._turns.served(want.tenant, want.service_us / US)
@@ -301,7 +308,7 @@ class Arbiter:
             found.append(again)
         if self._wants:
             at = max(self._next.values(), default=now)
-            excess = min(self.wait_us(now, want.work_us, want.rank) for _, want in self._wants.values())
+            excess = min(self.wait_us(now, want.work_us, overtakes(want)) for _, want in self._wants.values())
             excess -= self._depth_us
             if excess > 0:
                 more = self._prompts.head() - self._prompts.done(now)  # that time alone does

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.chassis.preemption import overtaken
+from services.chassis.preemption import AGAIN_US, overtaken, spent
 
 US = 1_000_000
 
@@ -34,6 +34,9 @@ class Orders(NamedTuple):
     again: list[int]
 
 
+NONE = Orders([], [])
+
+
 class PromptLine:
     """`preempts`: the engine keeps what it has computed of a prompt that is taken out. `step_us`: of prompts, that it
     computes together."""
@@ -44,6 +47,7 @@ class PromptLine:
         self.work = 0  # of all, as of `since`
         self.since = 0.0  # when the first one began to be computed
         self._line: dict[int, Pending] = {}
+        self._asides = 0
         self._out: list[int] = []  # overtaken since the last orders
 
     def __len__(self) -> int:
@@ -60,16 +64,18 @@ class PromptLine:
             self.since = now
         for other in behind:
             del self._line[other.number]
-        if any(other.aside for other in self._line.values()):  # its turn comes after theirs
+        if self._asides and any(other.aside for other in self._line.values()):  # its turn comes after theirs
             prompt.aside = True
+            self._asides += 1
             self._out.append(prompt.number)
         self._line[prompt.number] = prompt
         self.work += prompt.work
         for other in reversed(behind):
             self._line[other.number] = other
-            other.patience = max(0, other.patience - prompt.work)
+            other.patience -= spent(prompt.work)
             if not other.aside:
                 other.aside = True
+                self._asides += 1
                 self._out.append(other.number)
 
     def remove(self, number: int, now: float, *, computed: bool) -> bool:
@@ -79,6 +85,7 @@ class PromptLine:
         if prompt is None:
             return False
         self.work -= prompt.work
+        self._asides -= prompt.aside
         if computed or prompt is first:
             self.since = now
         return True
@@ -88,7 +95,7 @@ class PromptLine:
         behind = self._overtaken(work, rank, now)
         if behind and len(behind) == len(self._line):
             return 0
-        return self.work - self.done(now) - sum(other.work for other in behind)
+        return max(0, self.work - self.done(now) - sum(other.work for other in behind))
 
     def done(self, now: float) -> int:
         """What has been computed since `since`, as far as anybody can tell."""
@@ -96,12 +103,17 @@ class PromptLine:
 
     def head(self) -> int:
         """Work of the first ones that fit into one step: they progress together, and end together."""
-        head = 0
+        return self._step()[0]
+
+    def _step(self) -> tuple[int, int]:
+        """Work of the first step, and how many prompts end with it."""
+        head = count = 0
         for prompt in self._line.values():
             if prompt.aside or (head and head + prompt.work > self.step_us):
                 break
             head += prompt.work
-        return head
+            count += 1
+        return head, count
 
     def aside(self, number: int) -> bool:
         """Whether it is here, and not in the engine."""
@@ -118,6 +130,8 @@ class PromptLine:
 
     def orders(self, now: float, depth: int, granted: int) -> Orders:
         """Whom to take out, and whose turn it is again: what is in the engine, and granted, is no more than `depth`."""
+        if not self._asides and not self._out:
+            return NONE
         out = [number for number in self._out if number in self._line]
         self._out.clear()
         again: list[int] = []
@@ -127,8 +141,9 @@ class PromptLine:
                 if ahead > depth:
                     break
                 if prompt is self.first:
-                    self.since = now
+                    self.since = now + AGAIN_US / US
                 prompt.aside = False
+                self._asides -= 1
                 again.append(prompt.number)
             ahead += prompt.work
         return Orders(out, again)
@@ -136,6 +151,8 @@ class PromptLine:
     def due(self, depth: int, granted: int) -> float | None:
         """When time alone gives somebody who was put aside his turn; None: nobody, or only an event can."""
         ahead = granted
+        if not self._asides:
+            return None
         for prompt in self._line.values():
             if prompt.aside:
                 return self.since + (ahead - depth + 1) / US if 0 < ahead - depth <= self.head() else None
@@ -145,4 +162,6 @@ class PromptLine:
     def _overtaken(self, work: int, rank: int, now: float) -> list[Pending]:
         if not work or not self.preempts or not self._line:
             return []
-        return overtaken(self._line.values(), work, rank, self.first, self.done(now))
+        found = overtaken(self._line.values(), work, rank, self.first, self.done(now))
+        count = self._step()[1] if found else 0
+        return found[: len(self._line) - count] if count > 1 else found  # several end with the step that runs

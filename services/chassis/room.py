@@ -15,6 +15,7 @@ from registry.endpoint import Endpoint
 from services.chassis.granting import EXPIRY_S, US, Arbiter, Want, depth_s, step_s
 
 POLL_S = 0.1  # how often the engine is asked for KV room while requests wait for it
+LAST_RANK = 1 << 30  # of who does not tell: it overtakes nobody
 GUESSED_TPS = 2000.0  # prefill of a middling card, for requests that came without a gateway's estimate
 
 
@@ -117,7 +118,7 @@ class Room:
             relay.grant,
             relay.tenant,
             patience_us=relay.patience_us if movable else 0,
-            rank=relay.rank,
+            rank=relay.rank if relay.HasField("rank") else LAST_RANK,
         )
         if not number:
             message = f"{queued_s:.3f} s of prompts are queued here, and the request was sent without a grant"

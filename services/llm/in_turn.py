@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import replace
 
 from services.chassis.room import Turn
@@ -21,15 +21,16 @@ async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached:
             await turn.mine.wait()
         async with aclosing(begin()) as events:  # type: ignore[type-var]
             first = asyncio.ensure_future(_next(events))
-            turn.leave = first.cancel
+            overtaken = turn.leave = _Once(first.cancel)
             try:
                 await asyncio.wait({first})
             finally:
                 turn.leave = None
-                if not first.done():
+                while not first.done():
                     first.cancel()
-                    await asyncio.wait({first})
-            if first.cancelled():
+                    with suppress(asyncio.CancelledError):  # we end anyway; the engine's part of it first
+                        await asyncio.wait({first})
+            if first.cancelled() and overtaken.called:
                 moved += 1
                 continue
             event = first.result()
@@ -37,6 +38,18 @@ async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached:
                 yield _told(event, moved, cached) if moved else event
                 event = await _next(events)
             return
+
+
+class _Once:
+    """Calls, and knows that it was called: who else cancels the engine's answer ends it."""
+
+    def __init__(self, call: Callable[[], object]) -> None:
+        self._call = call
+        self.called = False
+
+    def __call__(self) -> None:
+        self.called = True
+        self._call()
 
 
 async def _next(events: AsyncIterator[Event]) -> Event | None:

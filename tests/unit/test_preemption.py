@@ -14,13 +14,13 @@ from infermesh.v1.inference_pb2 import Relay, Usage
 from infermesh.v1.worker_pb2 import Load
 from registry.endpoint import Endpoint, Speed
 from services.chassis.arrivals import Arrivals
-from services.chassis.granting import Arbiter, Grant, Want
-from services.chassis.preemption import LEAST_US, TIMES, patience
+from services.chassis.granting import FIRST_RANKS, Arbiter, Grant, Want
+from services.chassis.preemption import AGAIN_US, LEAST_US, TIMES, patience
 from services.chassis.prompt_line import US, Pending, PromptLine
 from services.chassis.room import Room, Turn
 from services.gateway.routing import cost
 from services.gateway.routing.decision import Dispatch, Wait
-from services.gateway.routing.facts import End, Facts, Likeness, Member, Outcome
+from services.gateway.routing.facts import End, Facts, Likeness, LoadReport, Member, Outcome
 from services.gateway.routing.ledger import Entry, Ledger
 from services.gateway.routing.policy import Policy
 from services.gateway.routing.router import Router
@@ -87,6 +87,24 @@ def test_patience_ends() -> None:
     assert prompts.first is not None and prompts.first.number == 1
 
 
+def test_tiny_prompts_spend_patience_too() -> None:
+    prompts = line(long(work=9 * S))
+    for number in range(2, 200):
+        prompts.add(Pending(number, "a", S // 250), 0.0)
+    ahead = [prompt.number for prompt in prompts._line.values()].index(1)
+    assert ahead == 9 * S // AGAIN_US, "it is rendered and begun again each time"
+    assert prompts._line[1].patience == 0
+
+
+def test_prompts_that_end_with_the_step_that_runs_are_not_thrown_out_of_it() -> None:
+    prompts = PromptLine()
+    prompts.preempts, prompts.step_us = True, 10 * S
+    prompts.add(Pending(1, "a", S // 10), 0.0)
+    prompts.add(long(2, work=7 * S), 0.0)
+    prompts.add(Pending(3, "a", S // 10), 3.0)
+    assert prompts.orders(3.0, S // 5, 0) == ([], []) and prompts.left(3.0) == pytest.approx(4.2 * S)
+
+
 @settings(max_examples=200)
 @given(st.integers(0, 2**32))
 def test_in_the_engine_are_always_the_first_of_the_line_and_nothing_stays_behind(seed: int) -> None:
@@ -144,6 +162,17 @@ def test_an_arbiter_grants_to_who_overtakes_and_not_to_who_would_wait() -> None:
     assert not any(room.in_use().values())
 
 
+def test_who_is_first_to_be_asked_for_overtakes_by_its_class_only() -> None:
+    room = Arbiter(0.2, preempts=True)
+    for gateway in ("a", "b"):
+        room.joined(gateway)
+    room.arrive("a", 0.0, 40 * S, patience_us=40 * S, rank=0)
+    room.want("b", Want(7, S, rank=1 - FIRST_RANKS), 1.0)
+    assert room.grants(1.0) == [], "overdue, and of a class that goes after the one which is computed"
+    room.want("b", Want(8, S, rank=0 - FIRST_RANKS), 1.0)
+    assert room.grants(1.0) == [Grant("b", 8)]
+
+
 def test_a_grant_not_yet_used_keeps_who_was_put_aside_waiting() -> None:
     room = Arbiter(0.2, preempts=True)
     for gateway in ("a", "b"):
@@ -190,6 +219,29 @@ class Engine:
 async def settled() -> None:
     for _ in range(20):
         await asyncio.sleep(0)
+
+
+async def test_who_leaves_the_end_of_the_line_does_not_make_its_head_begin_anew() -> None:
+    now = [0.0]
+    entries = Arrivals(Room(lambda: now[0]))
+    with entries.enter(Relay(gateway_id="g", work_us=40 * S), 9):
+        with entries.enter(Relay(gateway_id="g", work_us=40 * S), 9):
+            now[0] = 10.0
+        assert entries.room.arbiter.wait_us(10.0) == 30 * S
+    assert not any(entries.room.arbiter.in_use().values())
+
+
+async def test_an_answer_that_somebody_else_cancels_is_not_begun_again() -> None:
+    begun = []
+
+    async def cancelled() -> AsyncIterator[Event]:
+        begun.append(1)
+        raise asyncio.CancelledError
+        yield Event()
+
+    with pytest.raises(asyncio.CancelledError):
+        await _all(in_turn(cancelled, Turn(True), 0))
+    assert begun == [1]
 
 
 async def test_who_is_overtaken_leaves_the_engine_and_is_begun_again() -> None:
@@ -303,6 +355,19 @@ def test_who_goes_away_at_the_end_of_the_line_does_not_make_its_head_begin_anew(
     ledger.release(3, 10.0)
     prompts.remove(3, 10.0, computed=False)
     assert ledger.wait_s(10.0) == 70.0 and prompts.left(10.0) == 70 * S
+
+
+def test_what_the_instance_says_is_computed_stands_in_nobodys_way() -> None:
+    ledger = Ledger(preempts=True)
+    ledger.reserve(1, entry(1), 0.0)
+    ledger.reserve(2, entry(40, patience=40 * S), 0.0)
+    ledger.reconcile(LoadReport(queued_tokens=40_000, seen_seq=2, own_running=2, own_queued_tokens=40_000), 1.0, 1000.0)
+    assert list(ledger.pending) == [2]
+    ledger.reserve(3, entry(1), 11.0)
+    assert list(ledger.pending) == [3, 2] and ledger.wait_s(11.0) == pytest.approx(31.0)
+    for seq in (1, 2, 3):
+        ledger.release(seq, 12.0)
+    assert (ledger.own_prompt, ledger.own_work, len(ledger.pending)) == (0, 0, 0)
 
 
 def router(*, preempts: bool) -> Router:

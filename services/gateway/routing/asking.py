@@ -6,7 +6,7 @@ there by then; where nobody is, the grant is declined at once, so that the room 
 
 from __future__ import annotations
 
-from services.chassis.granting import US, Want
+from services.chassis.granting import FIRST_RANKS, US, Want
 from services.gateway.routing.choice import cached_tokens, tokens
 from services.gateway.routing.decision import Ask, Decline, Dispatch, Effect
 from services.gateway.routing.desk import Desk
@@ -16,7 +16,6 @@ from services.gateway.routing.serving import again
 
 REPEAT_S = 1.0  # an ask is said again while it lasts: an instance may have lost it with a grant that went astray
 SUMMARY_S = 0.02  # how late others may learn how long the line behind the first one is
-FIRST_RANKS = 3  # before every class: who goes on with an answer, and an overdue request whose turn it is
 UNKNOWN = NOBODY._replace(ticket=-1)  # what is said next is news, whatever it is
 _HEAD = 9  # fields of a Want that say who is asked for
 

@@ -119,8 +119,6 @@ def choose(
         work = rates.prefill(prompt - cached, cached)
         running = ledger.own_slots + ledger.foreign_running
         sooner = 0.0
-        if ledger.preempts and ledger.pending and not asked:
-            wait, sooner, preempt = _overtaking(instance, work, rank, wait, now, output)
         if llm:
             step = rates.step(ledger.resident_tokens() + prompt)
             decode = output * step
@@ -129,6 +127,8 @@ def choose(
                 growth = rates.kv_s * (prompt + output / 2) * output
                 decode += cost.delayed_s(running - len(ledger.pending), work, growth)
             decode *= cost.DECODE_SHARE
+            if ledger.preempts and ledger.pending and not asked:
+                wait, sooner, preempt = _overtaking(instance, work, rank, wait, now, output)
             wide = endpoint.tier == "long-context" and not long
             if (running or not slot) and not asked:
                 kept = instance.reserve.kv_tokens(now, endpoint.capacity.kv_tokens) if wide else 0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from services.chassis.fairness import Holdings, Size
 from services.chassis.granting import STEP_TOKENS
-from services.chassis.preemption import overtaken
+from services.chassis.preemption import overtaken, spent
 from services.gateway.routing.facts import LoadReport
 from services.gateway.routing.pulse import Pulse
 
@@ -106,14 +106,16 @@ class Ledger:
         ahead = len(others) - len(behind)
         self.pending = dict([*others[:ahead], (seq, entry), *others[ahead:]])
         for other in behind:
-            other.patience = max(0, other.patience - entry.work)
+            other.patience -= spent(entry.work)
 
     def overtaken(self, work: int, rank: int, now: float) -> list[Entry]:
         """Our prompts that a newcomer goes before, the last first. Of others' nobody knows how long each is."""
         if not self.preempts or not self.pending:
             return []
         head = None if self.foreign_work else next(iter(self.pending.values()))
-        return overtaken(self.pending.values(), work, rank, head, self._done_us(now) if head is not None else 0)
+        found = overtaken(self.pending.values(), work, rank, head, self._done_us(now) if head is not None else 0)
+        count = self._step()[1] if found else 0
+        return found[: len(self.pending) - count] if count > 1 else found  # several end with the step that runs
 
     def _compute(self, entry: Entry, tokens: int) -> None:
         """So many of its prompt are computed."""
@@ -174,9 +176,9 @@ class Ledger:
             self.since = now
         self.foreign_prompt = foreign
         self.foreign_work = work
-        arrived = [entry for seq, entry in self.pending.items() if seq <= report.seen_seq]
-        excess = sum(entry.prompt for entry in arrived) - report.own_queued_tokens
-        for entry in arrived:  # oldest first, as an engine computes them
+        arrived = [(seq, entry) for seq, entry in self.pending.items() if seq <= report.seen_seq]
+        excess = sum(entry.prompt for _, entry in arrived) - report.own_queued_tokens
+        for seq, entry in arrived:  # in the order in which an engine computes them
             if excess <= 0:
                 break
             done = min(excess, entry.prompt)
@@ -184,6 +186,8 @@ class Ledger:
                 self._compute(entry, done)
                 excess -= done
                 self.since = now
+            if not entry.prompt:
+                del self.pending[seq]  # nobody need tell us of its first token
 
     def refused(self, queued_s: float, now: float) -> None:
         """The instance says that so much is queued there, more than could be seen from here."""
@@ -212,13 +216,18 @@ class Ledger:
 
     def _done_us(self, now: float) -> int:
         """What the first step of the line has done since it began, as far as anybody can tell."""
-        head, room = self.foreign_work, STEP_TOKENS
+        return min(max(0, round((now - self.since) * US)), self._step()[0])
+
+    def _step(self) -> tuple[int, int]:
+        """Work of the first step, others' included, and how many of our prompts end with it."""
+        head, room, count = self.foreign_work, STEP_TOKENS, 0
         for entry in self.pending.values():
             if entry.prompt > room and room < STEP_TOKENS:
                 break
             head += entry.work
             room -= entry.prompt
-        return min(max(0, round((now - self.since) * US)), head)
+            count += 1
+        return head, count
 
     def prompt_tokens(self) -> int:
         return self.own_prompt + self.foreign_prompt
