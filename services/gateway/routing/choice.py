@@ -118,7 +118,7 @@ def choose(
             full.append((endpoint.id, "no_room"))
         work = rates.prefill(prompt - cached, cached)
         running = ledger.own_slots + ledger.foreign_running
-        sooner = 0.0
+        step_left = 0.0
         if llm:
             step = rates.step(ledger.resident_tokens() + prompt)
             decode = output * step
@@ -128,7 +128,7 @@ def choose(
                 decode += cost.delayed_s(running - len(ledger.pending), work, growth)
             decode *= cost.DECODE_SHARE
             if ledger.preempts and ledger.pending and not asked:
-                wait, sooner, preempt = _overtaking(instance, work, rank, wait, now, output)
+                wait, step_left, preempt = _overtaking(instance, work, rank, wait, now, output)
             wide = endpoint.tier == "long-context" and not long
             if (running or not slot) and not asked:
                 kept = instance.reserve.kv_tokens(now, endpoint.capacity.kv_tokens) if wide else 0
@@ -144,7 +144,7 @@ def choose(
         load = wait + behind
         priced = work * cost.price(load if load < mean_backlog else mean_backlog) if mean_backlog else work
         opens = asks or (not room and instance.is_open(wait, crowd, now, tenant))
-        wait += sooner
+        wait += step_left
         ready = asked or (slot and opens)
         weight = rates.weight * instance.share * instance.pace.share
         total = (wait + line + room + priced + reserve + decode + preempt) / weight
