@@ -135,6 +135,7 @@ class Room:
         return self._turns.get(number)
 
     def started(self, number: int) -> None:
+        self._turns.pop(number, None)
         self.arbiter.started(number, self._clock())
         self.settle()
 

@@ -20,7 +20,7 @@ async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached:
         while not turn.mine.is_set():
             await turn.mine.wait()
         async with aclosing(begin()) as events:  # type: ignore[type-var]
-            first = asyncio.ensure_future(_next(events))
+            first = asyncio.ensure_future(next_event(events))
             overtaken = turn.leave = _Once(first.cancel)
             try:
                 await asyncio.wait({first})
@@ -36,7 +36,7 @@ async def in_turn(begin: Callable[[], AsyncIterator[Event]], turn: Turn, cached:
             event = first.result()
             while event is not None:
                 yield _told(event, moved, cached) if moved else event
-                event = await _next(events)
+                event = await next_event(events)
             return
 
 
@@ -52,7 +52,8 @@ class _Once:
         self._call()
 
 
-async def _next(events: AsyncIterator[Event]) -> Event | None:
+async def next_event(events: AsyncIterator[Event]) -> Event | None:
+    """None at the end. Unlike `anext` itself, it makes a task."""
     return await anext(events, None)
 
 

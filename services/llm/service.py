@@ -22,7 +22,7 @@ from services.chassis.keys import Keys
 from services.chassis.rpc import Context, stream, unary
 from services.llm.delivery import Coalescer
 from services.llm.engine import Engine, Event, PromptFacts
-from services.llm.in_turn import in_turn
+from services.llm.in_turn import in_turn, next_event
 from services.llm.window import PROMPT_TOKENS_KEY, OutOfWindow
 
 SERVICE = "infermesh.v1.LanguageModelService"
@@ -174,7 +174,7 @@ async def paced(events: AsyncIterator[Event], min_interval_s: float) -> AsyncIte
         coming: asyncio.Task[Event | None] | None = None
         try:
             while True:
-                coming = coming or asyncio.ensure_future(_next(source))
+                coming = coming or asyncio.ensure_future(next_event(source))
                 due = coalescer.due
                 timeout = None if due is None else max(0.0, due - clock())
                 await asyncio.wait({coming}, timeout=timeout)
@@ -191,10 +191,6 @@ async def paced(events: AsyncIterator[Event], min_interval_s: float) -> AsyncIte
             if coming is not None:
                 coming.cancel()
                 await asyncio.wait({coming})
-
-
-async def _next(source: AsyncIterator[Event]) -> Event | None:
-    return await anext(source, None)
 
 
 def _check_resume(request: Generation) -> None:

@@ -59,7 +59,12 @@ async def test_callers_who_go_away_while_overtaken_leave_nothing_behind(tmp_path
         long = asyncio.create_task(ask(mesh, "word " * WORDS))
         await begun(mesh)
         short = asyncio.create_task(ask(mesh, "a question of some words " * 200))
-        await asyncio.sleep(0.1)
+
+        async def both_sent() -> bool:  # the short one does not wait in the gateway
+            listed = await mesh.mesh.ListInstances(ListInstancesRequest())
+            return listed.instances[0].in_flight == 2
+
+        await until(both_sent, 8)
         long.cancel()
         assert (await short)[1] == [0, 1, 2, 3, 4]
 

@@ -271,6 +271,7 @@ async def test_an_answer_that_was_never_overtaken_is_told_as_it_is_and_none_is_o
         events = in_turn(engine.answer, entry.turn, 3)
         first = await anext(events)
         entry.started()
+        assert entry.turn is None
         with entries.enter(Relay(gateway_id="g", work_us=S), 9, movable=True):
             last = await anext(events)
         assert first.prompt is not None and (first.prompt.cached, first.prompt.preempted) == (8, 0)

@@ -57,6 +57,16 @@ def test_what_the_instance_says_is_computed_stands_in_nobodys_way() -> None:
     assert (ledger.own_prompt, ledger.own_work, len(ledger.pending)) == (0, 0, 0)
 
 
+def test_work_without_tokens_is_given_back_too() -> None:
+    ledger = Ledger()
+    ledger.reserve(1, Entry(prompt=0, work=S, output=0, slots=1), 0.0)
+    ledger.reserve(2, entry(1), 0.0)
+    ledger.reconcile(LoadReport(queued_tokens=0, seen_seq=2, own_running=2, own_queued_tokens=0), 1.0, 1000.0)
+    for seq in (1, 2):
+        ledger.release(seq, 2.0)
+    assert (ledger.own_prompt, ledger.own_work, len(ledger.pending)) == (0, 0, 0)
+
+
 def router(*, preempts: bool) -> Router:
     made = Router(-60.0, policy=Policy(ttft_s=5.0))
     speed = Speed(prefill_tps=1000.0, prefill_doubling_ctx=1e9, step_ms=10.0)

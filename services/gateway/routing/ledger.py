@@ -60,9 +60,7 @@ class Ledger:
     started since the last report, which does not know them. `preempts`: shorter prompts overtake longer ones there."""
 
     entries: dict[int, Entry] = field(default_factory=dict)
-    pending: dict[int, Entry] = field(
-        default_factory=dict
-    )  # those without a first token, in the order in which they are computed
+    pending: dict[int, Entry] = field(default_factory=dict)  # those without a first token, as they are computed
     own_prompt: int = 0
     own_work: int = 0
     own_output: int = 0
@@ -186,7 +184,7 @@ class Ledger:
                 self._compute(entry, done)
                 excess -= done
                 self.since = now
-            if not entry.prompt:
+            if not entry.prompt and not entry.work:
                 del self.pending[seq]  # nobody need tell us of its first token
 
     def refused(self, queued_s: float, now: float) -> None:
