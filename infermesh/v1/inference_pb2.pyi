@@ -125,6 +125,7 @@ class Relay(_message.Message):
     PATIENCE_US_FIELD_NUMBER: _builtins.int
     RANK_FIELD_NUMBER: _builtins.int
     CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    UNCACHED_TOKENS_FIELD_NUMBER: _builtins.int
     served_model: _builtins.str
     """the id that the chosen instance serves, when the caller's `model` is an alias"""
     cache_salt: _builtins.bytes
@@ -149,6 +150,8 @@ class Relay(_message.Message):
     """it does not overtake prompts of a lower one; unset: none"""
     cached_tokens: _builtins.int
     """of the prompt, thought to be in the instance's prefix cache"""
+    uncached_tokens: _builtins.int
+    """of the prompt, thought to be computed; 0: not told"""
     @_builtins.property
     def resume(self) -> Global___Resume:
         """a stream that another instance began"""
@@ -175,10 +178,11 @@ class Relay(_message.Message):
         patience_us: _builtins.int = ...,
         rank: _builtins.int | None = ...,
         cached_tokens: _builtins.int = ...,
+        uncached_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "rank", b"rank", "resume", b"resume"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "attempt", b"attempt", "cache_salt", b"cache_salt", "cached_tokens", b"cached_tokens", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "patience_us", b"patience_us", "prefix_chain", b"prefix_chain", "rank", b"rank", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "work_us", b"work_us"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_rank", b"_rank", "attempt", b"attempt", "cache_salt", b"cache_salt", "cached_tokens", b"cached_tokens", "gateway_id", b"gateway_id", "grant", b"grant", "kv_tokens", b"kv_tokens", "patience_us", b"patience_us", "prefix_chain", b"prefix_chain", "rank", b"rank", "rendered_at", b"rendered_at", "resume", b"resume", "seq", b"seq", "served_model", b"served_model", "tenant", b"tenant", "uncached_tokens", b"uncached_tokens", "work_us", b"work_us"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__rank: _TypeAlias = _typing.Literal["rank"]  # noqa: Y015
     _WhichOneofArgType__rank: _TypeAlias = _typing.Literal["_rank", b"_rank"]  # noqa: Y015

@@ -17,18 +17,15 @@ class Share:
     """What one gateway has here."""
 
     running: int = 0
-    queued_tokens: int = 0
     seen_seq: int = 0
 
 
 class Entry:
-    """One request in flight. `started` takes its prompt out of the queued tokens, once."""
+    """One request in flight."""
 
-    __slots__ = ("_number", "_room", "_share", "_tokens")
+    __slots__ = ("_number", "_room")
 
-    def __init__(self, share: Share, tokens: int, room: Room, number: int) -> None:
-        self._share = share
-        self._tokens = tokens
+    def __init__(self, room: Room, number: int) -> None:
         self._room = room
         self._number = number
 
@@ -38,14 +35,9 @@ class Entry:
         return self._room.turn(self._number) if self._number else None
 
     def started(self) -> None:
-        self.gone()
+        """Its prompt is computed; said again, it does nothing."""
         if self._number:
             self._room.started(self._number)
-
-    def gone(self) -> None:
-        """Its prompt waits no longer, computed or not."""
-        self._share.queued_tokens -= self._tokens
-        self._tokens = 0
 
 
 class Arrivals:
@@ -84,17 +76,14 @@ class Arrivals:
         gateway_id = relay.gateway_id if relay is not None else ""
         share = self._shares.setdefault(gateway_id, Share())
         share.running += 1
-        share.queued_tokens += tokens
         if relay is not None:
             share.seen_seq = max(share.seen_seq, relay.seq)
         self._running += 1
         self._entered += 1
         self._idle.clear()
-        entry = Entry(share, tokens, self.room, number)
         try:
-            yield entry
+            yield Entry(self.room, number)
         finally:
-            entry.gone()
             if number:
                 self.room.ended(number)
             share.running -= 1

@@ -248,6 +248,7 @@ class Arbiter:
         grant: int = 0,
         tenant: str = "",
         *,
+        tokens: int = 0,
         patience_us: int = 0,
         rank: int = 0,
     ) -> tuple[int, float]:
@@ -262,11 +263,15 @@ class Arbiter:
         else:
             self._turns.served(tenant, work_us / US)
         self._number += 1
-        self._prompts.add(Pending(self._number, gateway, work_us, patience_us, rank), now)
+        self._prompts.add(Pending(self._number, gateway, work_us, patience_us, rank, tokens), now)
         self._inside[self._number] = booked = _Booked(gateway, 0, kv_tokens, tenant)
         self._hold(booked, now)
         self._kv += booked.kv_tokens
         return self._number, 0.0
+
+    def computed(self, tokens: int, now: float) -> None:
+        """The engine has ended a step that computed so many tokens of prompts."""
+        self._prompts.compute(tokens, now)
 
     def started(self, number: int, now: float) -> None:
         """Its first token is out."""
@@ -335,6 +340,10 @@ class Arbiter:
         work = self._prompts.work + self._granted_us - own - done
         beyond = frozenset(self._holdings.beyond(self._whole, now))
         return Others(len(self._linked), work, tuple(line), waiting, beyond)
+
+    def queued_tokens(self, gateway: str | None = None) -> int:
+        """Prompt tokens to be computed of this gateway's requests; None: of all."""
+        return self._prompts.tokens_of(gateway)
 
     @property
     def waiting(self) -> int:

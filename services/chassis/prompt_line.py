@@ -17,13 +17,14 @@ US = 1_000_000
 
 @dataclass(slots=True, eq=False)
 class Pending:
-    """One prompt; `work` and `patience` shrink. `aside`: it is not in the engine."""
+    """One prompt; `work`, `tokens` (to be computed) and `patience` shrink. `aside`: it is not in the engine."""
 
     number: int
     gateway: str
     work: int
     patience: int = 0
     rank: int = 0
+    tokens: int = 0
     aside: bool = False
 
 
@@ -58,8 +59,9 @@ class PromptLine:
         behind = self._overtaken(prompt.work, prompt.rank, now)
         if len(behind) == len(self._line):
             if behind:
-                done = self.done(now)
-                behind[-1].work -= done
+                first, done = behind[-1], self.done(now)
+                first.tokens -= first.tokens * done // max(1, first.work)
+                first.work -= done
                 self.work -= done
             self.since = now
         for other in behind:
@@ -90,6 +92,19 @@ class PromptLine:
             self.since = now
         return True
 
+    def compute(self, tokens: int, now: float) -> None:
+        """The engine has ended a step with so many tokens of those who are in it, the first ones first."""
+        for prompt in self._line.values():
+            done = min(tokens, prompt.tokens)
+            if not done or prompt.aside:
+                break
+            work = prompt.work * done // prompt.tokens
+            prompt.tokens -= done
+            prompt.work -= work
+            self.work -= work
+            self.since = now
+            tokens -= done
+
     def left(self, now: float, work: int = 0, rank: int = 0) -> int:
         """Still to be computed; where `work` is given, before such a newcomer."""
         behind = self._overtaken(work, rank, now)
@@ -109,7 +124,7 @@ class PromptLine:
         """Work of the first step, and how many prompts end with it."""
         head = count = 0
         for prompt in self._line.values():
-            if prompt.aside or (head and head + prompt.work > self.step_us):
+            if prompt.aside or (count and head + prompt.work > self.step_us):
                 break
             head += prompt.work
             count += 1
@@ -123,6 +138,10 @@ class PromptLine:
     def of(self, gateway: str) -> int:
         """Work of this gateway's prompts, as of `since`."""
         return sum(prompt.work for prompt in self._line.values() if prompt.gateway == gateway)
+
+    def tokens_of(self, gateway: str | None = None) -> int:
+        """To be computed, of this gateway's prompts; None: of all."""
+        return sum(prompt.tokens for prompt in self._line.values() if gateway is None or prompt.gateway == gateway)
 
     @property
     def first(self) -> Pending | None:

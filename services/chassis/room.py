@@ -103,7 +103,8 @@ class Room:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     def arrive(self, relay: Relay | None, tokens: int, *, movable: bool = False) -> int:
-        """A request's number here, for `turn`, `started` and `ended`. `movable`: it may be put aside.
+        """A request's number here, for `turn`, `started` and `ended`. `tokens`: of its prompt, where no gateway tells;
+        `movable`: it may be put aside.
 
         Raises:
             MeshError: INSTANCE_FULL, with the seconds of prompts queued: it did not ask, and the room is taken.
@@ -117,6 +118,7 @@ class Room:
             relay.kv_tokens or tokens,
             relay.grant,
             relay.tenant,
+            tokens=relay.uncached_tokens or tokens,
             patience_us=relay.patience_us if movable else 0,
             rank=relay.rank if relay.HasField("rank") else LAST_RANK,
         )
@@ -133,6 +135,13 @@ class Room:
     def turn(self, number: int) -> Turn | None:
         """None: it is its turn until its first token."""
         return self._turns.get(number)
+
+    def computed(self, tokens: int) -> None:
+        """The engine has ended a step that computed so many tokens of prompts."""
+        if tokens:
+            self.arbiter.computed(tokens, self._clock())
+            if self.arbiter.waiting or self._turns:
+                self.settle()
 
     def started(self, number: int) -> None:
         self._turns.pop(number, None)

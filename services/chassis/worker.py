@@ -215,7 +215,9 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         load = self._load()
         load.seen_seq = share.seen_seq
         load.own_running = share.running
-        load.own_queued_tokens = share.queued_tokens
+        load.own_queued_tokens = self._arrivals.room.arbiter.queued_tokens(gateway_id)
+        if load.HasField("queued_tokens"):
+            load.queued_tokens = self._arrivals.room.arbiter.queued_tokens()
         if asks:
             self._arrivals.room.tell(gateway_id, load)
         return load

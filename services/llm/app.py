@@ -12,7 +12,7 @@ from infermesh.v1 import language_model_pb2_grpc
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.instance import InstanceContext, Program, run_instance
-from services.llm.engine import Engine, EngineInfo
+from services.llm.engine import Computed, Engine, EngineInfo, unheard
 from services.llm.service import SERVICE, LanguageModelService
 from services.llm.settings import LlmSettings
 
@@ -30,7 +30,7 @@ async def run(settings: LlmSettings) -> int:
 
 def program(settings: LlmSettings, context: InstanceContext) -> Program:
     held = HeldPrefixes()
-    return program_of(build_engine(settings, held), held, settings, context)
+    return program_of(build_engine(settings, held, context.arrivals.room.computed), held, settings, context)
 
 
 def program_of(engine: Engine, held: HeldPrefixes, settings: LlmSettings, context: InstanceContext) -> Program:
@@ -51,19 +51,20 @@ def program_of(engine: Engine, held: HeldPrefixes, settings: LlmSettings, contex
     return Program((SERVICE,), add_services, start, engine.load, engine.died, engine.close, held, preempts)
 
 
-def build_engine(settings: LlmSettings, held: HeldPrefixes) -> Engine:
-    """The chosen engine; its libraries are imported here and not before. What it sees of its cache goes to `held`."""
+def build_engine(settings: LlmSettings, held: HeldPrefixes, computed: Computed = unheard) -> Engine:
+    """The chosen engine; its libraries are imported here and not before. What it sees of its cache goes to `held`,
+    what its steps compute to `computed`."""
     if settings.engine == "vllm":
         from services.llm.engines.vllm import VllmEngine
 
-        return VllmEngine(settings, held)
+        return VllmEngine(settings, held, computed)
     if settings.engine == "openai-http":
         from services.llm.engines.openai_http import OpenAiHttpEngine
 
         return OpenAiHttpEngine(settings)
     from services.llm.engines.scripted import ScriptedEngine
 
-    return ScriptedEngine(settings, held)
+    return ScriptedEngine(settings, held, computed)
 
 
 def complete(draft: Endpoint, info: EngineInfo) -> Endpoint:

@@ -54,6 +54,13 @@ class Event:
     usage: Usage | None = None
 
 
+Computed = Callable[[int], None]  # hears how many prompt tokens each step computed, from engines that know
+
+
+def unheard(tokens: int) -> None:
+    """Where nobody minds what a step computed."""
+
+
 class Engine(Protocol):
     async def start(self, progress: Callable[[str], None]) -> EngineInfo:
         """Loads the model; `progress` takes lines for the operator.

@@ -18,6 +18,7 @@ def test_an_overtaken_prompt_goes_on_where_it_was(tiny_model: Path) -> None:
     alone, moved = told["alone"], told["moved"]
     print(f"held {moved['held']}, found {moved['found']}, {alone['steps']} steps alone, {moved['steps']} moved")
     assert alone["found"] == [0] and len(set(alone["ids"])) > ANSWER // 3, "one that repeats itself would prove nothing"
+    assert sum(alone["computed"]) == PROMPT and max(alone["computed"]) == CHUNK, "each step tells what it computed"
     assert moved["begun"] == len(OVERTAKEN) + 1 and moved["shorts"] == [1] * len(OVERTAKEN)
     assert moved["ids"] == alone["ids"] and len(moved["ids"]) == ANSWER
     (found,) = moved["found"]

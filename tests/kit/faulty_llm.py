@@ -27,7 +27,7 @@ import services.llm.app as llm
 from infermesh.cli import main
 from infermesh.errors import MeshError, Reason
 from services.chassis.held_prefixes import HeldPrefixes
-from services.llm.engine import EngineInfo, Event
+from services.llm.engine import Computed, EngineInfo, Event
 from services.llm.engines.scripted import ScriptedEngine
 from services.llm.engines.scripted_batch import Pace, Step
 from services.llm.settings import LlmSettings
@@ -37,8 +37,8 @@ STALL_AFTER = 5
 
 
 class FaultyEngine(ScriptedEngine):
-    def __init__(self, settings: LlmSettings, held: HeldPrefixes, path: Path) -> None:
-        super().__init__(settings, held)
+    def __init__(self, settings: LlmSettings, held: HeldPrefixes, computed: Computed, path: Path) -> None:
+        super().__init__(settings, held, computed)
         self._path = path
         self._calls = path.with_name(path.name + ".calls").open("ab", buffering=0)
         self._told: dict[str, Any] = {}
@@ -103,5 +103,5 @@ class FaultyEngine(ScriptedEngine):
 
 if __name__ == "__main__":
     file = Path(sys.argv[1])
-    llm.build_engine = lambda settings, held: FaultyEngine(settings, held, file)
+    llm.build_engine = lambda settings, held, computed: FaultyEngine(settings, held, computed, file)
     sys.exit(main(sys.argv[2:]))

@@ -191,7 +191,7 @@ async def run(settings: LlmSettings, host: str, http_file: Path) -> int:
 
     def build(context: InstanceContext) -> Program:
         held = HeldPrefixes()
-        engine = ScriptedEngine(settings, held)
+        engine = ScriptedEngine(settings, held, context.arrivals.room.computed)
         program = program_of(engine, held, settings, context)
 
         async def start(draft: Endpoint, progress: Callable[[str], None]) -> Endpoint:

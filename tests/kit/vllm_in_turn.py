@@ -29,6 +29,7 @@ PROMPT = CONTEXT - 4 * ANSWER
 OVERTAKEN = (PROMPT // 16, PROMPT // 8)  # tokens of it that the engine holds then
 PATIENCE_S = 60.0
 DICE = random.Random(3)
+STEPS: list[int] = []  # prompt tokens that each step computed, as the engine tells
 LONG, SHORT = (DICE.choices(range(64, 800), k=tokens) for tokens in (PROMPT, 2 * BLOCK))
 
 
@@ -50,13 +51,14 @@ class Prompt:
 
     async def read(self) -> dict[str, Any]:
         """The answer's ids, and what is said of the cache by its first event and its last."""
-        before = self.engine.load().steps
+        before, told = self.engine.load().steps, len(STEPS)
         async for event in in_turn(self.begin, self.turn, cached=0):
             self.told["ids"] += [token for delta in event.deltas for token in delta.token_ids]
             self.told["cached"] += [event.prompt.cached] if event.prompt is not None else []
             self.told["cached"] += [event.usage.cached_tokens] if event.usage is not None else []
         await idle(self.engine)
-        return self.told | {"steps": self.engine.load().steps - before}
+        computed = [tokens for tokens in STEPS[told:] if tokens]
+        return self.told | {"steps": self.engine.load().steps - before, "computed": computed}
 
     async def overtaken(self, tokens: int) -> int:
         """Waits until so much of it is held, and takes it out. Returns how much it was."""
@@ -109,7 +111,8 @@ async def play(engine: VllmEngine) -> dict[str, Any]:
 
 async def main(folder: str) -> dict[str, Any]:
     options = VllmOptions(dtype="float32", engine_args={"block_size": BLOCK, "max_num_batched_tokens": CHUNK})
-    engine = VllmEngine(LlmSettings(engine="vllm", model="tiny", source=folder, max_running=8, vllm=options))
+    settings = LlmSettings(engine="vllm", model="tiny", source=folder, max_running=8, vllm=options)
+    engine = VllmEngine(settings, computed=STEPS.append)
     try:
         await engine.start(lambda line: None)
         return await play(engine)

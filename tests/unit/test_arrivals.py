@@ -8,14 +8,29 @@ from services.llm.service import _guess_tokens
 
 async def test_shares_are_a_gateways_own():
     arrivals = Arrivals()
+    queued = arrivals.room.arbiter.queued_tokens
     with arrivals.enter(Relay(gateway_id="a", seq=7), tokens=100) as first:
         with arrivals.enter(Relay(gateway_id="b", seq=1), tokens=5):
             assert arrivals.running == 2
-            assert (arrivals.share("a").running, arrivals.share("a").queued_tokens) == (1, 100)
+            assert (arrivals.share("a").running, queued("a"), queued("b"), queued()) == (1, 100, 5, 105)
             assert arrivals.share("a").seen_seq == 7
         first.started()
-        assert arrivals.share("a").queued_tokens == 0
-    assert (arrivals.running, arrivals.share("a").running, arrivals.share("a").queued_tokens) == (0, 0, 0)
+        assert queued("a") == 0
+    assert (arrivals.running, arrivals.share("a").running, queued()) == (0, 0, 0)
+
+
+async def test_a_gateways_own_count_of_tokens_goes_before_a_guess_and_shrinks_with_each_step():
+    arrivals = Arrivals()
+    queued, computed = arrivals.room.arbiter.queued_tokens, arrivals.room.computed
+    with (
+        arrivals.enter(Relay(gateway_id="a", uncached_tokens=3000), tokens=9000),
+        arrivals.enter(Relay(gateway_id="b", uncached_tokens=1000), tokens=9000),
+    ):
+        computed(0)
+        computed(2048)
+        assert (queued("a"), queued("b")) == (952, 1000)
+        computed(2048)
+        assert (queued("a"), queued("b"), queued()) == (0, 0, 0), "no more than there is"
 
 
 async def test_an_error_leaves_nothing_behind():

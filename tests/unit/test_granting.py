@@ -61,6 +61,19 @@ def test_an_instance_arbitrates_with_the_steps_of_its_own_speed() -> None:
     assert room.arbiter.wait_us(9.0) == pytest.approx(S * 1000 / 4096, rel=0.01), "two of three fit into 2,048 tokens"
 
 
+def test_a_prompt_that_is_sooner_through_than_thought_makes_room_at_once() -> None:
+    room = arbiter("a", "b")
+    number, _ = room.arrive("a", 0.0, 4 * S, tokens=8000)
+    room.want("b", Want(7, S), 0.0)
+    assert room.grants(1.0) == [] and room.due(1.0) == pytest.approx(3.8, abs=1e-3)
+    room.computed(6000, 1.0)
+    assert room.grants(1.0) == [] and room.due(1.0) == pytest.approx(1.8, abs=1e-3)
+    room.computed(1900, 1.2)
+    assert room.grants(1.2) == [Grant("b", 7)]
+    room.ended(number, 2.0)
+    assert not room.in_use()["work"]
+
+
 def test_rank_goes_before_priority_before_work_and_age_counts_at_a_discount() -> None:
     for better, worse in (
         (Want(1, 9 * S, rank=0), Want(1, S, rank=1)),
@@ -155,7 +168,8 @@ def churn(seed: int) -> list[Grant]:
                 room.want(name, Want(step * (chance.random() < 0.9), chance.randrange(S), kv, line_ms=sizes), now)
             case 5 | 6:
                 grant = held.pop(chance.randrange(len(held))) if held and chance.random() < 0.7 else Grant(name, 0)
-                number, queued = room.arrive(grant.gateway, now, chance.randrange(S), 100, grant.ticket)
+                work, tokens = chance.randrange(S), chance.randrange(5000)
+                number, queued = room.arrive(grant.gateway, now, work, 100, grant.ticket, tokens=tokens)
                 assert queued >= 0
                 if number:
                     flying.append(number)
@@ -167,6 +181,7 @@ def churn(seed: int) -> list[Grant]:
                 room.started(chance.choice(flying), now)
             case _ if flying:
                 room.ended(flying.pop(chance.randrange(len(flying))), now)
+        room.computed(chance.randrange(2048), now)
         room.engine(chance.random() * 0.5, len(flying))
         found = room.grants(now)
         held += found

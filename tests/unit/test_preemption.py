@@ -71,6 +71,27 @@ def test_who_is_not_overtaken() -> None:
     assert unable.orders(0.0, S, 0) == ([], [])
 
 
+def test_what_the_engine_tells_of_a_prompt_goes_before_the_clock() -> None:
+    prompts = line(long(tokens=8000), Pending(2, "a", 60 * S, tokens=6000))
+    prompts.compute(2000, 1.0)
+    assert prompts.left(1.0) == 90 * S, "ten seconds of it, whatever the clock says"
+    assert prompts.left(2.0) == 89 * S, "and from then on the clock"
+    prompts.compute(2000, 8.0)
+    assert (prompts.left(8.0), prompts.tokens_of("a"), prompts.tokens_of("b")) == (80 * S, 10_000, 0)
+    prompts.compute(5000, 9.0)
+    assert prompts.left(9.0) == 50 * S, "what is left of a step is the next one's"
+    prompts.remove(1, 9.0, computed=True)
+    prompts.compute(9000, 10.0)
+    assert (prompts.work, prompts.tokens_of()) == (0, 0)
+
+
+def test_a_prompt_whose_first_token_is_on_its_way_shields_nobody() -> None:
+    prompts = line(Pending(1, "a", S, tokens=100), long(2))
+    prompts.compute(100, 1.0)
+    prompts.add(Pending(3, "a", S), 1.0)
+    assert prompts.orders(1.0, S, 0).aside == [2]
+
+
 def test_patience_ends() -> None:
     prompts = line(long(work=10 * S))
     for number in range(2, 40):

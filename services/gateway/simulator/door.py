@@ -21,6 +21,7 @@ class Door:
         self.engine = engine
         self.versions = 0  # of the arbiter's timer
         self._arbiter: Arbiter | None = None
+        self._heard = 0  # prompt tokens that the engine has computed
         self._prompts: dict[int, Job] = {}  # by number, without a first token
         if asking:
             capacity = endpoint.capacity
@@ -46,6 +47,7 @@ class Door:
             lease.kv_tokens,
             lease.grant,
             job.request.tenant,
+            tokens=lease.record.prompt_tokens - lease.record.cached_tokens,
             patience_us=lease.patience_us,
             rank=lease.rank,
         )
@@ -59,6 +61,7 @@ class Door:
         """Who got the first token and who the last."""
         if self._arbiter is None:
             return
+        self._look(now)
         for job in started:
             self._arbiter.started(job.number, now)
             del self._prompts[job.number]
@@ -111,4 +114,7 @@ class Door:
     def _look(self, now: float) -> None:
         if self._arbiter is not None and isinstance(self.engine, LlmEngine):
             cache = self.engine.cache
+            computed, ended = self.engine.computed(now)
+            self._arbiter.computed(computed - self._heard, ended)
+            self._heard = computed
             self._arbiter.engine(cache.in_use / cache.capacity, self.engine.running)

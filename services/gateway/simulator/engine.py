@@ -63,6 +63,11 @@ class Segment:
         return (sqrt(self.a * self.a + 4 * self.b * seconds) - self.a) / (2 * self.b)
 
 
+def _ended(segment: Segment, now: float) -> int:
+    """Those steps of the present segment that are over."""
+    return min(int(segment.steps_within(now - segment.start) + _SLACK), segment.steps - 1)
+
+
 class LlmEngine:
     """`context_max` 0 and `max_running` 0 bound nothing."""
 
@@ -85,6 +90,8 @@ class LlmEngine:
         self.busy_s = 0.0
         self.steps = 0
         self.changes = 0
+        self._computed = 0  # prompt tokens, since it began, as of `_ended`
+        self._ended = 0.0  # the last segment
         self.segment: Segment | None = None
         self._block = block_tokens
         self._budget = budget
@@ -183,6 +190,7 @@ class LlmEngine:
         now = segment.end
         self.changes += 1
         self.busy_s += now - segment.start
+        self._ended = now
         self.steps += segment.steps
         if segment.decoding:
             self._ticks += segment.steps
@@ -214,6 +222,14 @@ class LlmEngine:
         self._plan(now)
         return started, done
 
+    def computed(self, now: float) -> tuple[int, float]:
+        """Prompt tokens computed since it began, and when the last step that has ended did."""
+        segment = self.segment
+        steps = _ended(segment, now) if segment is not None else 0
+        if segment is None or not steps:
+            return self._computed, self._ended
+        return self._computed + steps * segment.chunk, segment.start + segment.seconds(steps)
+
     def load(self, gateway: int, now: float) -> LoadReport:
         """What it would say of itself to this gateway, at a moment of the present segment."""
         segment = self.segment
@@ -221,7 +237,7 @@ class LlmEngine:
         share = self._shares.get(gateway, (0, 0, 0))
         own = share[1]
         if segment is not None:
-            steps = min(int(segment.steps_within(now - segment.start) + _SLACK), segment.steps - 1)
+            steps = _ended(segment, now)
             progress = steps * segment.chunk
             resident += steps * segment.decoding + progress
             queued -= progress
@@ -256,6 +272,7 @@ class LlmEngine:
     def _compute(self, job: Job, new: int) -> None:
         job.computed += new
         job.left -= new
+        self._computed += new
         self._resident += new
         self._queued -= new
         self._shares[job.gateway][1] -= new

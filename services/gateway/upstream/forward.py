@@ -99,6 +99,7 @@ class Forwarder:
         relay.seq, relay.grant = lease.seq, lease.grant
         relay.work_us, relay.kv_tokens, relay.cached_tokens = lease.work_us, lease.kv_tokens, lease.record.cached_tokens
         relay.patience_us, relay.rank = lease.patience_us, lease.rank
+        relay.uncached_tokens = lease.record.prompt_tokens - lease.record.cached_tokens
 
     def enter(self) -> None:
         self.budget.enter()

@@ -17,7 +17,7 @@ from infermesh.v1.worker_pb2 import Load
 from registry.endpoint import Capacity, Hardware
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.prefix import block_share
-from services.llm.engine import EngineInfo, Event
+from services.llm.engine import Computed, EngineInfo, Event, unheard
 from services.llm.engines.scripted_answer import Answer, replay
 from services.llm.engines.scripted_batch import Batch, Job, Pace
 from services.llm.engines.scripted_cache import BLOCK, Blocks
@@ -41,13 +41,14 @@ _MARKERS = {
 
 
 class ScriptedEngine:
-    def __init__(self, settings: LlmSettings, held: HeldPrefixes | None = None) -> None:
+    def __init__(self, settings: LlmSettings, held: HeldPrefixes | None = None, computed: Computed = unheard) -> None:
         speed = settings.speed
         self._options = settings.scripted
         self._window = Window(settings.scripted.max_context, *(settings.context or (0, 0)))
         self._max_running = settings.max_running or MAX_RUNNING
         self._held = held or HeldPrefixes()
         self._held.live = True
+        self._computed = computed
         capacity = max(1, (settings.kv_tokens or KV_TOKENS) // BLOCK)
         self._blocks = Blocks(capacity, self._held.stored, self._held.removed)
         pace = Pace(
@@ -155,6 +156,7 @@ class ScriptedEngine:
             over = max(over, clock() - MAX_LAG_S) + step.seconds
             await asyncio.sleep(max(0.0, over - clock()))
             self._batch.finish(step)
+            self._computed(sum(new for _, new in step.prefill))
 
     def _render(self, request: lm.ChatRequest) -> Iterator[int]:
         """The template: a marker a message, then its texts. Nothing of it depends on the time."""

@@ -20,7 +20,7 @@ from infermesh.v1 import language_model_pb2 as lm
 from infermesh.v1.worker_pb2 import Load
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.telemetry import BELOW
-from services.llm.engine import EngineInfo, Event
+from services.llm.engine import Computed, EngineInfo, Event, unheard
 from services.llm.engines.vllm_events import KvEvents
 from services.llm.engines.vllm_launch import Launched, launch
 from services.llm.engines.vllm_stop import stop
@@ -37,9 +37,10 @@ REAPING_S = 0.05  # vLLM waits for its processes too: while one of us reaps one,
 
 
 class VllmEngine:
-    def __init__(self, settings: LlmSettings, held: HeldPrefixes | None = None) -> None:
+    def __init__(self, settings: LlmSettings, held: HeldPrefixes | None = None, computed: Computed = unheard) -> None:
         self._settings = settings
         self._events = KvEvents(held or HeldPrefixes())
+        self._computed = computed
         self._loading: asyncio.Task[Launched] | None = None
         self._launched: Launched | None = None
         self._started = asyncio.Event()
@@ -61,6 +62,7 @@ class VllmEngine:
         while not (await asyncio.wait({self._loading}, timeout=STILL_LOADING_S))[0]:
             progress(f"still loading, {time.monotonic() - began:.0f} s")
         launched = self._loading.result()
+        launched.counters.computed = self._computed
         from services.llm.engines.vllm_info import engine_info
 
         self._processes = multiprocessing.active_children()

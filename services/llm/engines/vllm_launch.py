@@ -106,6 +106,7 @@ def engine_arguments(settings: LlmSettings, host: Host) -> dict[str, Any]:
         "enable_prefix_caching": True,
         "worker_extension_cls": "services.llm.engines.vllm_orphan.EndWithLeader",
         "disable_log_stats": False,
+        "enable_logging_iteration_details": True,  # else nobody hears how far the prompts are
     }
     if options.max_context:
         arguments["max_model_len"] = options.max_context
@@ -201,10 +202,11 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None], events: str)
     )
     progress("starting the engine: weights, then the KV cache")
     counters = Counters()
+    logs_steps = bool(settings.vllm.engine_args.get("enable_logging_iteration_details"))
     config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     if group := reserved_group(os.environ):
         config.parallel_config.placement_group = group
-    engine = AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger(counters)])
+    engine = AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger(counters, logs_steps=logs_steps)])
     try:
         template = settings.vllm.chat_template.read_text() if settings.vllm.chat_template else None
         renderer = Renderer(settings.vllm, engine.model_config, engine.renderer, template)

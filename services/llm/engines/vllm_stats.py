@@ -9,16 +9,19 @@ from typing import Any
 from vllm.v1.metrics.loggers import StatLoggerBase
 
 from infermesh.v1.worker_pb2 import Load
+from services.llm.engine import Computed, unheard
 
 
 @dataclass(slots=True)
 class Counters:
-    """The last step's figures of all engine ranks together. `steps` is ours: vLLM's moves under data parallel only."""
+    """The last step's figures of all engine ranks together. `steps` is ours: vLLM's moves under data parallel only.
+    `computed` hears how many prompt tokens each step computed, before anybody gets what came of it."""
 
     running: int = 0
     waiting: int = 0
     kv_used_ratio: float = 0.0
     steps: int = 0
+    computed: Computed = unheard
 
     def load(self, kv_tokens: int, queued_tokens: int) -> Load:
         """`kv_tokens`: what the KV cache holds; `queued_tokens`: of prompts not computed yet."""
@@ -32,8 +35,9 @@ class Counters:
         )
 
 
-def stat_logger(counters: Counters) -> Callable[[Any, int], StatLoggerBase]:
-    """The factory that vLLM takes; it makes one logger an engine rank."""
+def stat_logger(counters: Counters, *, logs_steps: bool) -> Callable[[Any, int], StatLoggerBase]:
+    """The factory that vLLM takes; it makes one logger an engine rank. `logs_steps`: the operator wants a line of log
+    for each step; vLLM's own loggers, which come after this one, would write it in any case."""
     ranks: dict[int, tuple[int, int, float]] = {}
 
     class Recorder(StatLoggerBase):
@@ -51,6 +55,11 @@ def stat_logger(counters: Counters) -> Callable[[Any, int], StatLoggerBase]:
             counters.running = sum(rank[0] for rank in ranks.values())
             counters.waiting = sum(rank[1] for rank in ranks.values())
             counters.kv_used_ratio = sum(rank[2] for rank in ranks.values()) / len(ranks)
+            details = scheduler_stats.iteration_details
+            if details is not None:
+                counters.computed(details.num_ctx_tokens)
+                if not logs_steps:
+                    scheduler_stats.iteration_details = None
 
         def log_engine_initialized(self) -> None:
             pass
