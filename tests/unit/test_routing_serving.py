@@ -139,14 +139,6 @@ def test_a_queue_that_one_tenant_has_filled_takes_the_share_of_another() -> None
     assert kinds == [Wait] * 4 + [Refuse] + [Wait] * 2 + [Refuse], "twice the bound at most"
 
 
-def test_an_idle_instance_relieves_a_line_whose_end_it_cannot_serve() -> None:
-    r = router(endpoint("a"), endpoint("b", capacity=Capacity(context_max=8000)))
-    _, on_b = [r.pick(facts(tokens, excluded=frozenset(but)), NOW) for tokens, but in ((4000, "b"), (6000, "a"))]
-    waiting = [r.pick(facts(tokens), NOW) for tokens in (3000, *[20_000] * 6)]
-    assert all(isinstance(each, Wait) for each in waiting) and isinstance(on_b, Dispatch)
-    assert ran(r.release(on_b.lease, DONE, NOW)) == [waiting[0].ticket]
-
-
 def test_a_split_holds_to_the_percent_while_requests_wait() -> None:
     fleet = [endpoint(f"a{i}", 4300, hardware=Hardware("A800-80G")) for i in range(4)]
     fleet += [endpoint(f"h{i}", 4000, hardware=Hardware("H20-96G")) for i in range(2)]

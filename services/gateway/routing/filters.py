@@ -41,7 +41,7 @@ def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[
             if not capacity.context_min and (not capacity.context_max or need <= capacity.context_max):
                 passed.append(instance)
                 continue
-        word = word_against(instance, facts, prompt)
+        word = _word(instance, facts, prompt)
         if word == "":
             if instance.state not in _LESS or instance.spare:
                 passed.append(instance)
@@ -67,8 +67,7 @@ def eligible(pool: Sequence[Instance], facts: Facts, prompt: int) -> tuple[list[
     return passed, tuple(rejected)
 
 
-def word_against(instance: Instance, facts: Facts, prompt: int) -> str:
-    """Why the instance does not take it; empty where it does."""
+def _word(instance: Instance, facts: Facts, prompt: int) -> str:
     if instance.id in facts.excluded:
         return "excluded"
     word = _NOT_NOW.get(instance.state)

@@ -11,9 +11,8 @@ whoever they are.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from math import frexp
 
 from services.chassis.fairness import FAIRNESS, LATE_S
@@ -23,7 +22,6 @@ from services.gateway.routing.facts import Facts
 HASTE = 1.0  # a second that the cache saves now, and might not later, outweighs so many seconds of work
 OVERDUE = 0.5  # of the longest wait: from then on a request has a share in every fourth place
 TURN = 4
-LOOKED = 16  # of a tenant, from the end of the line, for those who could go elsewhere
 LATE = 1e9  # more than any work: who cannot be on time goes after those who can
 _CLASS_RANK = {"core": 0, "standard": 1, "bulk": 2}
 Key = tuple[int, int, float, int]
@@ -175,11 +173,11 @@ class Line:
 
         return min(heads, key=between, default=None)
 
-    def last(self, count: int, could: Callable[[Waiting], bool]) -> Iterator[Waiting]:
-        """Of each tenant, some of those who would wait longest and `could` go elsewhere."""
+    def last(self, count: int) -> Iterator[Waiting]:
+        """Some of those who would wait longest."""
         for entries in self.tenants.values():
-            fit = (waiting for _, waiting in islice(reversed(entries), LOOKED) if could(waiting))
-            yield from islice(fit, count)
+            for _, waiting in entries[-count:]:
+                yield waiting
 
     def all(self) -> list[Waiting]:
         return [waiting for entries in self.tenants.values() for _, waiting in entries]

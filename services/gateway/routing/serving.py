@@ -11,7 +11,6 @@ from collections.abc import Container
 from dataclasses import replace
 
 from infermesh.errors import Reason
-from services.gateway.routing import filters
 from services.gateway.routing.choice import Choice, cached_tokens, tokens
 from services.gateway.routing.decision import Decision, Dispatch, Effect, Record, Refuse, Wait
 from services.gateway.routing.desk import SETTLE_S, Desk
@@ -24,7 +23,7 @@ SCAN = 32  # waits that end in one step
 TRIES = 8  # requests that are looked at again at one event
 BLOCKED_S = 1.0  # what a line without slots or KV room waits at least; the choice itself knows better
 YIELDS = 8  # who wait and are looked at in one step, whether their fallback would serve them sooner
-RELIEF = 4  # of each other line and tenant, when an instance has none of its own
+RELIEF = 4  # of each other line, when an instance has none of its own
 
 
 def pick(desk: Desk, facts: Facts, now: float, draw: float) -> Decision:
@@ -230,23 +229,19 @@ def _relief(desk: Desk, instance: Instance, now: float, but: Container[str]) -> 
     """Of those who wait for other instances, the one who gains most by coming here; of none of the tenants `but`."""
     endpoint, rates = instance.endpoint, instance.rates
     names = {endpoint.model, *endpoint.aliases}
-
-    def prompt_of(waiting: Waiting) -> int:
-        return tokens(waiting.facts, desk.estimate(waiting.facts))[0]
-
-    def could(waiting: Waiting) -> bool:
-        facts = waiting.facts
-        asked = facts.model in names and facts.kind == endpoint.kind and facts.tenant not in but
-        return asked and not filters.word_against(instance, facts, prompt_of(waiting))
-
     best: Waiting | None = None
     most = 0.0
     for other in desk.queue.homes.values():
         wait = other.ledger.wait_s(now)
         if wait <= other.rates.depth_s:  # prompts do not hold them up: slots or KV room do
             wait += BLOCKED_S
-        for waiting in other.line.last(RELIEF, could):
-            prompt = prompt_of(waiting)
+        for waiting in other.line.last(RELIEF):
+            facts = waiting.facts
+            if facts.model not in names or facts.kind != endpoint.kind or instance.id in facts.excluded:
+                continue
+            if facts.tenant in but:
+                continue
+            prompt, _ = tokens(facts, desk.estimate(facts))
             cached = cached_tokens(waiting.held.get(instance.id, 0.0), prompt)
             gain = wait + other.line.ahead_s(waiting.work) - rates.prefill(prompt - cached, cached)
             if gain > most:
