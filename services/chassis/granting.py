@@ -36,7 +36,7 @@ def depth_s(endpoint: Endpoint) -> float:
 
 
 def step_s(endpoint: Endpoint) -> float:
-    """Seconds of prompts that it computes together, with no word from them before all are done; 0 where unknown."""
+    """Seconds of prompts that it computes together; 0 where unknown."""
     told = _told_tps(endpoint)
     return STEP_TOKENS / told if told else 0.0
 

@@ -46,8 +46,10 @@ class PromptLine:
         self.preempts = False
         self.step_us = 0
         self.work = 0  # of all, as of `since`
-        self.since = 0.0  # when the first one began to be computed
+        self.since = 0.0  # when the first one began to be computed, or the last step that the engine told of ended
         self._line: dict[int, Pending] = {}
+        self._told = False  # the engine tells of its steps
+        self._left: Pending | None = None  # was computed, and is not the first any more: the step that runs is its
         self._asides = 0
         self._out: list[int] = []  # overtaken since the last orders
 
@@ -59,10 +61,11 @@ class PromptLine:
         behind = self._overtaken(prompt.work, prompt.rank, now)
         if len(behind) == len(self._line):
             if behind:
-                first, done = behind[-1], self.done(now)
-                first.tokens -= first.tokens * done // max(1, first.work)
-                first.work -= done
-                self.work -= done
+                self._leave(behind[-1])
+                if not self._told:
+                    done = self.done(now)
+                    behind[-1].work -= done
+                    self.work -= done
             self.since = now
         for other in behind:
             del self._line[other.number]
@@ -90,20 +93,38 @@ class PromptLine:
         self._asides -= prompt.aside
         if computed or prompt is first:
             self.since = now
+        if prompt is first and not computed:
+            self._leave(prompt)
         return True
 
     def compute(self, tokens: int, now: float) -> None:
-        """The engine has ended a step with so many tokens of those who are in it, the first ones first."""
+        """The engine has ended a step with so many tokens of those who are in it, the first ones first; or of the one
+        that was overtaken or given up while the step ran."""
+        self._told, self.since = True, now
+        if self._left is not None:
+            prompt, self._left = self._left, None
+            if prompt.number in self._line:
+                self._advance(prompt, tokens)
+            return
         for prompt in self._line.values():
-            done = min(tokens, prompt.tokens)
-            if not done or prompt.aside:
+            if prompt.aside or not (done := self._advance(prompt, tokens)):
                 break
+            tokens -= done
+
+    def _advance(self, prompt: Pending, tokens: int) -> int:
+        """How many of these were still to be computed of it."""
+        done = min(tokens, prompt.tokens)
+        if done:
             work = prompt.work * done // prompt.tokens
             prompt.tokens -= done
             prompt.work -= work
             self.work -= work
-            self.since = now
-            tokens -= done
+        return done
+
+    def _leave(self, first: Pending) -> None:
+        """It is no longer the first, which it was until now."""
+        if self._told and not first.aside:
+            self._left = first
 
     def left(self, now: float, work: int = 0, rank: int = 0) -> int:
         """Still to be computed; where `work` is given, before such a newcomer."""

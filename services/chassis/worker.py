@@ -215,11 +215,12 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         load = self._load()
         load.seen_seq = share.seen_seq
         load.own_running = share.running
-        load.own_queued_tokens = self._arrivals.room.arbiter.queued_tokens(gateway_id)
-        if load.HasField("queued_tokens"):
-            load.queued_tokens = self._arrivals.room.arbiter.queued_tokens()
+        room = self._arrivals.room
+        load.own_queued_tokens = room.arbiter.queued_tokens(gateway_id)
+        if room.hears:  # engines count a prompt in full until its first token
+            load.queued_tokens = room.arbiter.queued_tokens()
         if asks:
-            self._arrivals.room.tell(gateway_id, load)
+            room.tell(gateway_id, load)
         return load
 
 

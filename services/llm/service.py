@@ -210,8 +210,8 @@ def _movable(request: Generation) -> bool:
 
 
 def _guess_tokens(request: Generation) -> int:
-    """Prompt tokens before anybody has counted them, for the load frames: about four bytes each. What another instance
-    has said of the answer is computed like them."""
+    """Prompt tokens that nobody has counted, where no gateway tells: about four bytes each. What another instance has
+    said of the answer is computed like them."""
     said = len(request.relay.resume.token_ids)
     if isinstance(request, lm.CompleteRequest):
         return said + (len(request.token_ids.ids) or _size(request.text) // 4)

@@ -51,7 +51,8 @@ class Running:
 @asynccontextmanager
 async def running(keys: Keys = Keys(), **settings: Any) -> AsyncIterator[Running]:  # noqa: B008
     made = LlmSettings(**{"engine": "scripted", "model": "chat", "aliases": ("gpt",), **settings})
-    engine, arrivals = build_engine(made, HeldPrefixes()), Arrivals()
+    arrivals = Arrivals()
+    engine = build_engine(made, HeldPrefixes(), arrivals.room.computed)
     service = LanguageModelService(engine, Identity("llm-1", 77, "chat"), arrivals, keys, made.max_waiting)
     server = Server((SERVICE,), max_streams=256)
     language_model_pb2_grpc.add_LanguageModelServiceServicer_to_server(service, server.grpc)

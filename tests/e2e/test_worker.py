@@ -185,6 +185,21 @@ async def test_gateways_ask_and_the_instance_grants_to_the_best(bench):
     await until(lambda: not any(arrivals.room.arbiter.in_use().values()), 10)
 
 
+async def test_load_frames_tell_what_the_engines_steps_have_left(bench):
+    bench.load.queued_tokens = 9000  # as an engine counts that knows no more
+    gateway, room = await joined(bench, "a", "grant"), bench.arrivals.room
+    with bench.arrivals.enter(Relay(gateway_id="a", seq=1, uncached_tokens=3000, work_us=9_000_000), tokens=9000):
+        while not (load := await heard(gateway, "load")).own_queued_tokens:
+            pass
+        assert (load.own_queued_tokens, load.queued_tokens) == (3000, 9000), "it tells nothing of its steps"
+        room.computed(1000)
+        bench.load.running = 1
+        while (load := await heard(gateway, "load")).own_queued_tokens != 2000:
+            pass
+        assert load.queued_tokens == 2000
+    gateway.cancel()
+
+
 async def test_gateways_of_an_older_version_are_served_as_ever(bench):
     new, old = await joined(bench, "new", "grant"), await joined(bench, "old")
     load = await heard(old, "load")

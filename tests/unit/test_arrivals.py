@@ -27,6 +27,7 @@ async def test_a_gateways_own_count_of_tokens_goes_before_a_guess_and_shrinks_wi
         arrivals.enter(Relay(gateway_id="b", uncached_tokens=1000), tokens=9000),
     ):
         computed(0)
+        assert arrivals.room.hears, "an engine that has nothing to compute tells, too"
         computed(2048)
         assert (queued("a"), queued("b")) == (952, 1000)
         computed(2048)
@@ -67,3 +68,11 @@ def test_prompts_nobody_has_counted_are_guessed_by_their_bytes_as_gateways_do(te
     assert _guess_tokens(lm.CompleteRequest(text=text)) == tokens
     assert _guess_tokens(lm.ChatRequest(messages=[lm.Message(role=lm.ROLE_USER, content=text)])) == tokens
     assert _guess_tokens(lm.ChatRequest(messages=[parts, parts])) == 2 * tokens
+
+
+def test_where_the_gateway_does_not_count_what_is_cached_is_not_guessed_to_be_computed():
+    arrivals = Arrivals()
+    with arrivals.enter(Relay(gateway_id="old", cached_tokens=700), tokens=1000):
+        assert arrivals.room.arbiter.queued_tokens("old") == 300
+    with arrivals.enter(Relay(gateway_id="old", cached_tokens=2000), tokens=1000):
+        assert arrivals.room.arbiter.queued_tokens("old") == 1

@@ -85,6 +85,28 @@ def test_what_the_engine_tells_of_a_prompt_goes_before_the_clock() -> None:
     assert (prompts.work, prompts.tokens_of()) == (0, 0)
 
 
+def test_a_step_that_runs_while_its_prompt_is_overtaken_is_that_prompts() -> None:
+    prompts = line(long(tokens=8000))
+    prompts.compute(2000, 10.0)
+    prompts.add(Pending(2, "a", S, tokens=400), 11.0)
+    assert prompts.orders(11.0, S // 5, 0).aside == [1]
+    prompts.compute(2000, 12.0)
+    assert (prompts.left(12.0), prompts.tokens_of()) == (21 * S, 4400), "twenty seconds of the first, all of the second"
+    assert prompts.orders(12.0, S // 5, 0).again == [], "which has only now begun"
+    prompts.compute(400, 12.9)
+    assert prompts.orders(12.9, S // 5, 0).again == [1]
+
+
+def test_a_step_of_a_prompt_that_was_given_up_is_nobody_elses() -> None:
+    prompts = line(long(tokens=8000), Pending(2, "a", 50 * S, tokens=9000))
+    prompts.compute(2000, 10.0)
+    prompts.remove(1, 11.0, computed=False)
+    prompts.compute(2000, 12.0)
+    assert (prompts.left(12.0), prompts.tokens_of()) == (50 * S, 9000)
+    prompts.compute(900, 13.0)
+    assert prompts.left(13.0) == 45 * S
+
+
 def test_a_prompt_whose_first_token_is_on_its_way_shields_nobody() -> None:
     prompts = line(Pending(1, "a", S, tokens=100), long(2))
     prompts.compute(100, 1.0)

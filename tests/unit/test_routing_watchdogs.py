@@ -6,7 +6,8 @@ import pytest
 
 from infermesh.errors import Reason
 from services.gateway.routing.decision import Abandon, Lease, Probe
-from services.gateway.routing.facts import End
+from services.gateway.routing.facts import End, LoadReport
+from services.gateway.routing.watch import patience
 from tests.kit.routing import endpoint
 from tests.kit.virtual import Virtual, virtual
 
@@ -89,6 +90,18 @@ def test_a_long_prefill_survives_as_long_as_the_engine_steps(working: bool) -> N
     assert (lease.seq in mesh.ends) is False, "5 s predicted: four times that is its right"
     mesh.run(40.0)
     assert (lease.seq in mesh.ends) is not working
+
+
+def test_what_is_thought_to_be_computed_takes_no_patience_away_before_the_first_token() -> None:
+    mesh = virtual(endpoint("a", tps=1000))
+    lease = mesh.pick(prompt_tokens=20_000)
+    assert lease is not None
+    instance = mesh.router.fleet.instances["a"]
+    before = patience(instance)
+    mesh.router.report("a", 1, LoadReport(1, 0, 0, seen_seq=lease.seq, own_running=1, own_queued_tokens=0), mesh.now)
+    assert not instance.ledger.pending and patience(instance) == before > 20
+    mesh.begin(lease)
+    assert patience(instance) < before
 
 
 def test_a_prediction_is_enough_where_nobody_counts_steps() -> None:

@@ -22,7 +22,8 @@ US = 1_000_000
 
 @dataclass(slots=True)
 class Entry:
-    """One attempt. `prompt` (uncached tokens) and `work` (their microseconds) become 0 once the first token is out.
+    """One attempt. `prompt` (uncached tokens) and `work` (their microseconds) shrink as it is computed, and are 0 once
+    the first token is out; `whole` is all of the work.
 
     `total`: tokens of prompt, cached ones included. `thought`: seconds of its prefill as predicted, 0 where others were
     queued before it. `step`: seconds of a decode step, as predicted. `arrivals`: how many had been sent here when its
@@ -46,6 +47,7 @@ class Entry:
     abandoned: bool = False
     patience: int = 0
     rank: int = 0
+    whole: int = 0
     tenant: str = ""
     pulse: Pulse = field(default_factory=Pulse)
 
@@ -80,6 +82,7 @@ class Ledger:
         if not self.own_work and not self.foreign_work:
             self.since = now
         self.arrivals += 1
+        entry.whole = entry.work
         self.entries[seq] = entry
         if entry.work or entry.prompt:
             self._join(seq, entry, now)

@@ -113,7 +113,8 @@ def patience(instance: Instance) -> float:
     factor = PROMPT_FACTOR * (1 if rates.told else UNTOLD_FACTOR)
     if instance.endpoint.kind != "llm":
         return ENCODE_S + factor * (ledger.own_work + ledger.foreign_work) / US + (0 if rates.told else UNTOLD_S)
-    prompt = max((entry.work for entry in ledger.pending.values()), default=0) / US
+    waiting = (entry.whole for entry in ledger.entries.values() if not entry.started_at)  # all of it: it is a guess
+    prompt = max(waiting, default=0) / US
     if ledger.foreign_prompt:
         prompt = max(prompt, rates.prefill(min(ledger.foreign_prompt, CHUNK)))
     bound = max(STILL_S, GAPS * instance.vital.gap_s) + factor * prompt

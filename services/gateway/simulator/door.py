@@ -102,6 +102,9 @@ class Door:
         if self._arbiter is None:
             return load
         others = self._arbiter.others(str(gateway), now)
+        if isinstance(self.engine, LlmEngine):  # what gateways think of the prompts, as in a real instance
+            own, queued = self._arbiter.queued_tokens(str(gateway)), self._arbiter.queued_tokens()
+            load = replace(load, own_queued_tokens=own, queued_tokens=queued)
         return replace(
             load,
             gateways=others.gateways,
@@ -115,6 +118,7 @@ class Door:
         if self._arbiter is not None and isinstance(self.engine, LlmEngine):
             cache = self.engine.cache
             computed, ended = self.engine.computed(now)
-            self._arbiter.computed(computed - self._heard, ended)
+            if computed > self._heard:
+                self._arbiter.computed(computed - self._heard, ended)
             self._heard = computed
             self._arbiter.engine(cache.in_use / cache.capacity, self.engine.running)

@@ -206,7 +206,9 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None], events: str)
     config = AsyncEngineArgs(**arguments).create_engine_config(UsageContext.ENGINE_CONTEXT)
     if group := reserved_group(os.environ):
         config.parallel_config.placement_group = group
-    engine = AsyncLLM.from_vllm_config(config, stat_loggers=[stat_logger(counters, logs_steps=logs_steps)])
+    engine = AsyncLLM.from_vllm_config(
+        config, stat_loggers=[stat_logger(counters, in_order=_in_order(config), logs_steps=logs_steps)]
+    )
     try:
         template = settings.vllm.chat_template.read_text() if settings.vllm.chat_template else None
         renderer = Renderer(settings.vllm, engine.model_config, engine.renderer, template)
@@ -214,6 +216,11 @@ def _launch(settings: LlmSettings, progress: Callable[[str], None], events: str)
         engine.shutdown()
         raise
     return Launched(engine, renderer, counters, template)
+
+
+def _in_order(config: Any) -> bool:
+    """Whether prompts are computed one after the other: by one engine, and the long ones without leaving room."""
+    return config.parallel_config.data_parallel_size == 1 and not config.scheduler_config.long_prefill_token_threshold
 
 
 def _failed(message: str) -> MeshError:

@@ -15,7 +15,7 @@ from services.llm.engine import Computed, unheard
 @dataclass(slots=True)
 class Counters:
     """The last step's figures of all engine ranks together. `steps` is ours: vLLM's moves under data parallel only.
-    `computed` hears how many prompt tokens each step computed, before anybody gets what came of it."""
+    `computed` hears how many prompt tokens each step computed, before those who read the answers do."""
 
     running: int = 0
     waiting: int = 0
@@ -35,9 +35,10 @@ class Counters:
         )
 
 
-def stat_logger(counters: Counters, *, logs_steps: bool) -> Callable[[Any, int], StatLoggerBase]:
-    """The factory that vLLM takes; it makes one logger an engine rank. `logs_steps`: the operator wants a line of log
-    for each step; vLLM's own loggers, which come after this one, would write it in any case."""
+def stat_logger(counters: Counters, *, in_order: bool, logs_steps: bool) -> Callable[[Any, int], StatLoggerBase]:
+    """The factory that vLLM takes; it makes one logger an engine rank. `in_order`: prompts are computed one after the
+    other, so that a step's tokens are the first one's. `logs_steps`: the operator wants a line of log for each step;
+    vLLM's own loggers, which come after this one, would write it in any case."""
     ranks: dict[int, tuple[int, int, float]] = {}
 
     class Recorder(StatLoggerBase):
@@ -57,7 +58,8 @@ def stat_logger(counters: Counters, *, logs_steps: bool) -> Callable[[Any, int],
             counters.kv_used_ratio = sum(rank[2] for rank in ranks.values()) / len(ranks)
             details = scheduler_stats.iteration_details
             if details is not None:
-                counters.computed(details.num_ctx_tokens)
+                if in_order:
+                    counters.computed(details.num_ctx_tokens)
                 if not logs_steps:
                     scheduler_stats.iteration_details = None
 
