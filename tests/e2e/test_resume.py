@@ -7,6 +7,7 @@ import json
 import random
 import signal
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -61,39 +62,49 @@ async def listen(
     return heard, dict(await call.initial_metadata()), dict(await call.trailing_metadata())
 
 
-async def begun(mesh: TestMesh, streams: int) -> list[asyncio.Task[tuple[Heard, dict[str, str], dict[str, str]]]]:
-    """So many streams, each of which has said something."""
-    heard = [Heard() for _ in range(streams)]
+def ears(streams: int) -> list[Heard]:
+    return [Heard() for _ in range(streams)]
+
+
+async def begun(mesh: TestMesh, heard: list[Heard]) -> list[asyncio.Task[tuple[Heard, dict[str, str], dict[str, str]]]]:
+    """A stream for each, which has said something."""
     asked = [asyncio.create_task(listen(mesh, number, one)) for number, one in enumerate(heard)]
     await until(lambda: all(one.ids for one in heard), 20)
     return asked
 
 
+def busiest(heard: list[Heard]) -> str:
+    """The instance that has most of the streams that go on."""
+    return Counter(one.started[0].instance_id for one in heard if not one.finishes).most_common(1)[0][0]
+
+
 async def test_nobody_notices_a_death_under_64_streams(tmp_path: Path) -> None:
     async with running_mesh(tmp_path, THREE) as mesh:
-        asked = await begun(mesh, STREAMS)
+        heard = ears(STREAMS)
+        asked = await begun(mesh, heard)
         await asyncio.sleep(random.random() / 2)
-        mesh.instances["one"].kill()
+        killed = busiest(heard)
+        mesh.instances[killed].kill()
         answers = await asyncio.gather(*asked)
         moved = [trailers for _, _, trailers in answers if "x-infermesh-resumes" in trailers]
-        for heard, first, trailers in answers:
-            assert heard.text == SAID and heard.ids == list(range(TOKENS))
-            (started,), (finish,), (usage,) = heard.started, heard.finishes, heard.usages
+        for said, first, trailers in answers:
+            assert said.text == SAID and said.ids == list(range(TOKENS))
+            (started,), (finish,), (usage,) = said.started, said.finishes, said.usages
             assert finish == lm.FINISH_LENGTH and usage.completion_tokens == TOKENS
             assert usage.prompt_tokens == started.prompt_tokens and usage.cached_tokens == started.cached_tokens
             assert started.id and started.instance_id == first["x-infermesh-instance-id"]
             if "x-infermesh-resumes" in trailers:
-                assert first["x-infermesh-instance-id"] == "one" != trailers["x-infermesh-instance-id"]
+                assert first["x-infermesh-instance-id"] == killed != trailers["x-infermesh-instance-id"]
                 assert (trailers["x-infermesh-attempts"], trailers["x-infermesh-resume-exact"]) == ("2", "true")
-        assert len(moved) >= STREAMS // 6, "the one that was killed had nothing"
-        worst = max(heard.pause_s for heard, _, _ in answers)
+        assert len(moved) >= STREAMS // 8, "the one that was killed had nothing"
+        worst = max(one.pause_s for one in heard)
         print(f"{len(moved)} of {STREAMS} streams moved, worst pause {worst * 1000:.0f} ms")
         assert worst < 5, "two cores; docs/faults.md holds what a quiet machine measures"
 
 
 async def test_a_frozen_instance_is_left_and_what_it_says_late_is_not_heard(tmp_path: Path) -> None:
     async with running_mesh(tmp_path, THREE) as mesh:
-        asked = await begun(mesh, 12)
+        asked = await begun(mesh, ears(12))
         mesh.instances["one"].popen.send_signal(signal.SIGSTOP)
         await asyncio.sleep(3)
         mesh.instances["one"].popen.send_signal(signal.SIGCONT)
@@ -108,7 +119,7 @@ async def test_a_frozen_instance_is_left_and_what_it_says_late_is_not_heard(tmp_
 async def test_a_drain_that_cannot_wait_hands_its_streams_over(tmp_path: Path) -> None:
     hasty = (*PACE, "--grace-s", "0.5")
     async with running_mesh(tmp_path, {"one": hasty, "two": hasty}) as mesh:
-        asked = await begun(mesh, 8)
+        asked = await begun(mesh, ears(8))
         mesh.instances["one"].popen.terminate()
         answers = await asyncio.gather(*asked)
         assert all(heard.text == SAID and heard.ids == list(range(TOKENS)) for heard, _, _ in answers)
