@@ -123,7 +123,7 @@ class PromptLine:
 
     def _leave(self, first: Pending) -> None:
         """It is no longer the first, which it was until now."""
-        if self._told and not first.aside:
+        if self._told and first.tokens and not first.aside:
             self._left = first
 
     def left(self, now: float, work: int = 0, rank: int = 0) -> int:
