@@ -346,6 +346,11 @@ class Arbiter:
         return self._prompts.tokens_of(gateway)
 
     @property
+    def hears(self) -> bool:
+        """From the engine, what its steps compute."""
+        return self._prompts.told
+
+    @property
     def waiting(self) -> int:
         """How many gateways want something."""
         return len(self._wants)

@@ -48,7 +48,7 @@ class PromptLine:
         self.work = 0  # of all, as of `since`
         self.since = 0.0  # when the first one began to be computed, or the last step that the engine told of ended
         self._line: dict[int, Pending] = {}
-        self._told = False  # the engine tells of its steps
+        self.told = False  # the engine tells of its steps
         self._left: Pending | None = None  # was computed, and is not the first any more: the step that runs is its
         self._asides = 0
         self._out: list[int] = []  # overtaken since the last orders
@@ -62,7 +62,7 @@ class PromptLine:
         if len(behind) == len(self._line):
             if behind:
                 self._leave(behind[-1])
-                if not self._told:
+                if not self.told:
                     done = self.done(now)
                     behind[-1].work -= done
                     self.work -= done
@@ -100,7 +100,7 @@ class PromptLine:
     def compute(self, tokens: int, now: float) -> None:
         """The engine has ended a step with so many tokens of those who are in it, the first ones first; or of the one
         that was overtaken or given up while the step ran."""
-        self._told, self.since = True, now
+        self.told, self.since = True, now
         if self._left is not None:
             prompt, self._left = self._left, None
             if prompt.number in self._line:
@@ -123,7 +123,7 @@ class PromptLine:
 
     def _leave(self, first: Pending) -> None:
         """It is no longer the first, which it was until now."""
-        if self._told and first.tokens and not first.aside:
+        if self.told and first.tokens and not first.aside:
             self._left = first
 
     def left(self, now: float, work: int = 0, rank: int = 0) -> int:

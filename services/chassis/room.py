@@ -53,7 +53,6 @@ class Room:
         self._links: dict[str, list[Outbox]] = {}
         self._turns: dict[int, Turn] = {}  # of those who may be overtaken, and of those whose turn it is not
         self._timer: asyncio.TimerHandle | None = None
-        self.hears = False  # from the engine, what each step computes
 
     def fit(self, endpoint: Endpoint, load: Callable[[], wk.Load], *, preempts: bool = False) -> None:
         """What the instance is, once that is known, and where the engine speaks. `preempts`: the engine finds what it
@@ -139,7 +138,6 @@ class Room:
 
     def computed(self, tokens: int) -> None:
         """The engine has ended a step that computed so many tokens of prompts."""
-        self.hears = True
         if tokens:
             self.arbiter.computed(tokens, self._clock())
             if self.arbiter.waiting or self._turns:

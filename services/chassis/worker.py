@@ -217,7 +217,7 @@ class Worker(worker_pb2_grpc.WorkerServiceServicer):
         load.own_running = share.running
         room = self._arrivals.room
         load.own_queued_tokens = room.arbiter.queued_tokens(gateway_id)
-        if room.hears:  # engines count a prompt in full until its first token
+        if room.arbiter.hears:  # engines count a prompt in full until its first token
             load.queued_tokens = room.arbiter.queued_tokens()
         if asks:
             room.tell(gateway_id, load)

@@ -12,7 +12,7 @@ from infermesh.v1 import language_model_pb2_grpc
 from registry.endpoint import Capacity, Endpoint, Hardware, Speed
 from services.chassis.held_prefixes import HeldPrefixes
 from services.chassis.instance import InstanceContext, Program, run_instance
-from services.llm.engine import Computed, Engine, EngineInfo, unheard
+from services.llm.engine import Computed, Engine, EngineInfo
 from services.llm.service import SERVICE, LanguageModelService
 from services.llm.settings import LlmSettings
 
@@ -51,7 +51,7 @@ def program_of(engine: Engine, held: HeldPrefixes, settings: LlmSettings, contex
     return Program((SERVICE,), add_services, start, engine.load, engine.died, engine.close, held, preempts)
 
 
-def build_engine(settings: LlmSettings, held: HeldPrefixes, computed: Computed = unheard) -> Engine:
+def build_engine(settings: LlmSettings, held: HeldPrefixes, computed: Computed) -> Engine:
     """The chosen engine; its libraries are imported here and not before. What it sees of its cache goes to `held`,
     what its steps compute to `computed`."""
     if settings.engine == "vllm":

@@ -102,6 +102,7 @@ async def test_a_chat_tells_who_answers_first_and_the_usage_last() -> None:
         assert [reply.HasField("usage") for reply in replies] == [False] * (len(replies) - 1) + [True]
         assert "".join(delta.content for reply in replies for delta in reply.deltas) == " w0 w1 w2 w3 w4"
         assert replies[-1].usage.completion_tokens == 5
+        assert mesh.arrivals.room.arbiter.hears, "the engine tells the room what its steps compute"
 
 
 async def test_nothing_is_sent_before_the_first_token() -> None:
